@@ -1,0 +1,97 @@
+"""The request as the core of the router knows it: token ids, limits and where the tokens go. No text, no HTTP.
+
+`ValidRequest` is what validation promises; `Request` is the one mutable record of its life, owned by the scheduler.
+Everything textual (detokenization, stop strings, SSE) hangs behind `TokenSink`.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Protocol
+
+from tgi_proto import generate_pb2 as pb
+
+
+class FinishReason(Enum):
+    """Why a request ended, in TGI's words."""
+
+    LENGTH = "length"
+    EOS_TOKEN = "eos_token"
+    STOP_SEQUENCE = "stop_sequence"
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One generated token. `top`: (id, logprob) by falling logprob, empty unless asked for. Logprobs are float32 values."""
+
+    id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class TokenSink(Protocol):
+    """Where the batcher delivers what happens to a request. Called from the event loop; must not block or raise."""
+
+    def prompt_logprobs(self, start: int, logprobs: list[float]) -> None:
+        """Log-probabilities of prompt tokens [start, start + len); comes before the first token, possibly in parts."""
+
+    def token(self, token: Token) -> FinishReason | None:
+        """The next token. Returns the reason when the request ends with it, else None."""
+
+    def failed(self, error: Exception) -> None:
+        """The request ended without finishing; `error` is one of tgi_router.errors. Called at most once, last."""
+
+
+@dataclass(frozen=True, slots=True)
+class ValidRequest:
+    """A request that has passed validation. prompt + max_new_tokens fits the configured limits."""
+
+    token_ids: tuple[int, ...]  # prompt, never empty
+    max_new_tokens: int  # >= 1
+    sampling: pb.SamplingParameters  # made from parameters.py's table; opaque here
+    top_n_tokens: int = 0
+    prompt_logprobs: bool = False
+    cache_salt: str = ""  # requests share prefix-cache entries only within a salt (adapter, API key)
+
+
+class Phase(Enum):
+    WAITING = "waiting"  # not admitted yet, or preempted, or interrupted by a crash
+    RUNNING = "running"  # has a row on the shards and blocks
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One request's life. Changed only by the scheduler; times are the clock values handed to it, in seconds.
+
+        token_ids:      p p p p p p g g g          prompt, then generated tokens whose ids the router has received
+        scheduled:      |------------->            tokens sent to the shards for computing, ahead of the answers by up to
+        acknowledged:   |----------->              max_steps_in_flight steps
+        pending:                        ? ?        sampled in steps not yet answered: known to the shards only
+    """
+
+    id: int  # unique for the life of the router, never reused
+    valid: ValidRequest
+    sink: TokenSink
+    arrived_s: float
+    phase: Phase = Phase.WAITING
+    token_ids: list[int] = field(default_factory=list)
+    num_scheduled_tokens: int = 0  # tokens with KV once every sent step is done (cached prefix included)
+    num_acknowledged_tokens: int = 0  # the same, for answered steps only
+    num_pending_tokens: int = 0  # tokens sampled in unanswered steps
+    num_cached_tokens: int = 0  # of the prompt, found in the prefix cache at first admission (usage, metrics)
+    blocks: list[int] = field(default_factory=list)  # block table, owned by the block manager
+    num_preemptions: int = 0
+    num_crashes: int = 0  # crashes of the shard group while a step of this request was unanswered
+    admitted_s: float | None = None  # first time it got a row
+    first_token_s: float | None = None
+    finished_s: float | None = None
+    finish_reason: FinishReason | None = None
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.valid.token_ids)
+
+    @property
+    def num_generated_tokens(self) -> int:
+        """Generated tokens whose ids the router has received."""
+        return len(self.token_ids) - len(self.valid.token_ids)
