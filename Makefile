@@ -22,7 +22,7 @@ test: $(VENV)/.dev lint type ## set up, lint, type-check and run every test with
 	@rm -f .coverage .coverage.*
 	$(BIN)/coverage run -m pytest -m "not slow and not gpu" $(ARGS)
 	@$(BIN)/coverage combine --quiet
-	@$(BIN)/python benchmarks/coverage_gate.py
+	@$(BIN)/python .ci/coverage_gate.py
 
 test-slow: $(VENV)/.dev ## the storms, soaks and repeated rounds
 	$(BIN)/pytest -m slow $(ARGS)
