@@ -6,7 +6,7 @@ Everything textual (detokenization, stop strings, SSE) hangs behind `TokenSink`.
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from tgi_proto import generate_pb2 as pb
 
@@ -19,9 +19,11 @@ class FinishReason(Enum):
     STOP_SEQUENCE = "stop_sequence"
 
 
-@dataclass(frozen=True, slots=True)
-class Token:
-    """One generated token. `top`: (id, logprob) by falling logprob, empty unless asked for. Logprobs are float32 values."""
+class Token(NamedTuple):
+    """One generated token. `top`: (id, logprob) by falling logprob, empty unless asked for. Logprobs are float32 values.
+
+    A named tuple because one is made per token, and a frozen dataclass costs three times as much to make.
+    """
 
     id: int
     logprob: float
@@ -53,9 +55,13 @@ class ValidRequest:
     cache_salt: str = ""  # requests share prefix-cache entries only within a salt (adapter, API key)
 
 
+# (id of the parent entry or root, the block's tokens): the prefix cache's key
+CacheKey = tuple[int, tuple[int, ...]]
+
+
 class Phase(Enum):
     WAITING = "waiting"  # not admitted yet, or preempted, or interrupted by a crash
-    RUNNING = "running"  # has a row on the shards and blocks
+    RUNNING = "running"  # has blocks, and a row on the shards from its first step on
     FINISHED = "finished"
 
 
@@ -78,8 +84,13 @@ class Request:
     num_scheduled_tokens: int = 0  # tokens with KV once every sent step is done (cached prefix included)
     num_acknowledged_tokens: int = 0  # the same, for answered steps only
     num_pending_tokens: int = 0  # tokens sampled in unanswered steps
+    num_unanswered_steps: int = 0  # steps it takes part in that have been sent and not answered
     num_cached_tokens: int = 0  # of the prompt, found in the prefix cache at first admission (usage, metrics)
     blocks: list[int] = field(default_factory=list)  # block table, owned by the block manager
+    num_committed_blocks: int = 0  # its first so many blocks are in the prefix cache; owned by the block manager
+    cache_entry: int = 0  # id of the prefix cache's entry for the last of them (or the root); likewise
+    computing: CacheKey | None = None  # what its next full block will be in the prefix cache; likewise
+    row: bool = False  # the shards have a row for it, or will have when every sent step is done
     num_preemptions: int = 0
     num_crashes: int = 0  # crashes of the shard group while a step of this request was unanswered
     admitted_s: float | None = None  # first time it got a row
