@@ -38,7 +38,7 @@ class Shape:
 
 SHAPES = {
     "model": Shape(hidden=384, layers=6, heads=6, kv_heads=2, head_dim=64, ffn=1024),
-    "draft": Shape(hidden=192, layers=2, heads=4, kv_heads=2, head_dim=48, ffn=512),
+    "draft": Shape(hidden=192, layers=2, heads=4, kv_heads=2, head_dim=64, ffn=640),
 }
 
 
@@ -236,6 +236,7 @@ def export(model: Decoder, folder: Path) -> None:
     tensors = {f"model.{name}": weight.to(torch.bfloat16) for name, weight in model.state_dict().items()}
     partial = folder / ".model.safetensors.partial"
     save_file(tensors, partial, metadata={"format": "pt"})
+    partial.chmod(0o644)
     os.replace(partial, folder / "model.safetensors")
 
 
