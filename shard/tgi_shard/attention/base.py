@@ -22,6 +22,7 @@ class AttentionSpec:
     window: int | None = None  # each query sees its last `window` positions, itself included; None = all
     softcap: float | None = None  # scores = softcap * tanh(scores / softcap)
     alibi_slopes: tuple[float, ...] | None = None  # [H]
+    dtype: torch.dtype = torch.float32  # of q, k, v and the pool; kernels size their tiles by it
 
 
 @dataclass(frozen=True, slots=True)
