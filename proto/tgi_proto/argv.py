@@ -1,8 +1,8 @@
 """Frozen dataclass ⇄ command line, for the processes the launcher starts.
 
 A child's configuration is one dataclass whose fields are its flags: `to_argv` writes the line the launcher logs and
-runs, `from_argv` reads it back, so any child can be started by hand with exactly that line. People use the launcher's flags
-(launcher/tgi_launcher/cli.py); these are between our own processes.
+runs, `from_argv` reads it back, so any child can be started by hand with exactly that line. People use the launcher's
+flags (launcher/tgi_launcher/cli.py); these are between our own processes.
 
 Field types: str, int, float, bool, `Literal[...]` of strings, any of them `| None`, and `tuple[str, ...]` or
 `tuple[int, ...]` (the flag is repeated). A field is declared with `flag(...)`, which holds its help text.
