@@ -41,13 +41,13 @@ unit:
 	$(BIN)/pytest -m "not slow and not gpu" demo launcher proto router shard benchmarks $(ARGS)
 
 bench: $(VENV)/.dev ## load the server on the demo model; JSON under benchmarks/results/
-	$(BIN)/python benchmarks/bench.py $(ARGS)
+	$(BIN)/python -m benchmarks.bench $(ARGS)
 
 bench-router: $(VENV)/.dev ## CPU time of the router per token, on a fake shard
-	$(BIN)/python benchmarks/router_cost.py $(ARGS)
+	$(BIN)/python -m benchmarks.router_cost $(ARGS)
 
 bench-startup: $(VENV)/.dev ## time from launch to the first 200 of /health, by phase
-	$(BIN)/python benchmarks/startup.py $(ARGS)
+	$(BIN)/python -m benchmarks.startup $(ARGS)
 
 # Runs where there is a GPU, with whatever Python has torch there; installs nothing.
 gpu-check: ## the equivalences and kernels on a CUDA device
