@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -232,26 +231,25 @@ def test_metrics_are_prometheus_text_and_count(server: Server) -> None:
 # Errors ---------------------------------------------------------------------------------------------------------------
 
 
-def refusals() -> Iterator[Any]:
-    """TGI's validation table: parameters, sentence."""
-    for parameters, sentence in (
-        ({"best_of": 3, "do_sample": True}, "`best_of` must be > 0 and <= 2. Given: 3"),
-        ({"best_of": 2}, "you must use sampling when `best_of` is > 1"),
-        ({"temperature": 0.0}, "`temperature` must be strictly positive"),
-        ({"repetition_penalty": 0.0}, "`repetition_penalty` must be strictly positive"),
-        ({"frequency_penalty": 2.5}, "`frequency_penalty` must be >= -2.0 and <= 2.0"),
-        ({"top_p": 0.0}, "`top_p` must be > 0.0 and < 1.0"),
-        ({"typical_p": -1.0}, "`typical_p` must be > 0.0 and < 1.0"),
-        ({"top_k": 0}, "`top_k` must be strictly positive"),
-        ({"max_new_tokens": 0}, "`max_new_tokens` must be strictly positive"),
-        ({"stop": list("abcde")}, "`stop` supports up to 4 stop sequences. Given: 5"),
-        ({"seed": 1, "best_of": 2, "do_sample": True}, "`seed` must not be set when `best_of` > 1"),
-        ({"top_n_tokens": 6}, "`top_n_tokens` must be >= 0 and <= 5. Given: 6"),
-    ):
-        yield pytest.param(parameters, sentence, id=next(iter(parameters)))
+REFUSALS = (
+    ({"best_of": 3, "do_sample": True}, "`best_of` must be > 0 and <= 2. Given: 3"),
+    ({"best_of": 2}, "you must use sampling when `best_of` is > 1"),
+    ({"temperature": 0.0}, "`temperature` must be strictly positive"),
+    ({"repetition_penalty": 0.0}, "`repetition_penalty` must be strictly positive"),
+    ({"frequency_penalty": 2.5}, "`frequency_penalty` must be >= -2.0 and <= 2.0"),
+    ({"top_p": 0.0}, "`top_p` must be > 0.0 and < 1.0"),
+    ({"typical_p": -1.0}, "`typical_p` must be > 0.0 and < 1.0"),
+    ({"top_k": 0}, "`top_k` must be strictly positive"),
+    ({"max_new_tokens": 0}, "`max_new_tokens` must be strictly positive"),
+    ({"stop": list("abcde")}, "`stop` supports up to 4 stop sequences. Given: 5"),
+    ({"seed": 1, "best_of": 2, "do_sample": True}, "`seed` must not be set when `best_of` > 1"),
+    ({"top_n_tokens": 6}, "`top_n_tokens` must be >= 0 and <= 5. Given: 6"),
+)
 
 
-@pytest.mark.parametrize(("parameters", "sentence"), refusals())
+@pytest.mark.parametrize(
+    ("parameters", "sentence"), REFUSALS, ids=lambda value: next(iter(value)) if isinstance(value, dict) else ""
+)
 def test_a_wrong_parameter_is_a_422_in_tgis_words(server: Server, parameters: Json, sentence: str) -> None:
     response = server.post("/generate", {"inputs": PROMPT, "parameters": parameters})
     assert response.status == 422
