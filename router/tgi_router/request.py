@@ -20,7 +20,7 @@ class FinishReason(Enum):
 
 
 class Token(NamedTuple):
-    """One generated token. `top`: (id, logprob) by falling logprob, empty unless asked for. Logprobs are float32 values.
+    """One generated token. `top`: (id, logprob) by falling logprob, empty unless asked for. Logprobs are float32.
 
     A named tuple because one is made per token, and a frozen dataclass costs three times as much to make.
     """
@@ -69,10 +69,10 @@ class Phase(Enum):
 class Request:
     """One request's life. Changed only by the scheduler; times are the clock values handed to it, in seconds.
 
-        token_ids:      p p p p p p g g g          prompt, then generated tokens whose ids the router has received
-        scheduled:      |------------->            tokens sent to the shards for computing, ahead of the answers by up to
-        acknowledged:   |----------->              max_steps_in_flight steps
-        pending:                        ? ?        sampled in steps not yet answered: known to the shards only
+    token_ids:      p p p p p p g g g       prompt, then generated tokens whose ids the router has received
+    scheduled:      |--------------->       tokens sent to the shards for computing, ahead of the answers
+    acknowledged:   |----------->           by up to max_steps_in_flight steps
+    pending:                          ? ?   sampled in steps not yet answered: known to the shards only
     """
 
     id: int  # unique for the life of the router, never reused
@@ -80,7 +80,8 @@ class Request:
     sink: TokenSink
     arrived_s: float
     phase: Phase = Phase.WAITING
-    token_ids: list[int] = field(default_factory=list)
+    token_ids: list[int] = field(init=False)
+    max_tokens: int = field(init=False)  # prompt and output at its longest
     num_scheduled_tokens: int = 0  # tokens with KV once every sent step is done (cached prefix included)
     num_acknowledged_tokens: int = 0  # the same, for answered steps only
     num_pending_tokens: int = 0  # tokens sampled in unanswered steps
@@ -89,7 +90,8 @@ class Request:
     blocks: list[int] = field(default_factory=list)  # block table, owned by the block manager
     num_committed_blocks: int = 0  # its first so many blocks are in the prefix cache; owned by the block manager
     cache_entry: int = 0  # id of the prefix cache's entry for the last of them (or the root); likewise
-    computing: CacheKey | None = None  # what its next full block will be in the prefix cache; likewise
+    computing: CacheKey | None = None  # running: the block it is computing; waiting: the one it waits for; likewise
+    num_prompt_logprobs: int = 0  # handed to the sink so far
     row: bool = False  # the shards have a row for it, or will have when every sent step is done
     num_preemptions: int = 0
     num_crashes: int = 0  # crashes of the shard group while a step of this request was unanswered
@@ -101,6 +103,15 @@ class Request:
     @property
     def num_prompt_tokens(self) -> int:
         return len(self.valid.token_ids)
+
+    def __post_init__(self) -> None:
+        self.token_ids = list(self.valid.token_ids)
+        self.max_tokens = len(self.token_ids) + self.valid.max_new_tokens
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Prompt log-probabilities are asked for and not all here; then the whole prompt has to be computed."""
+        return self.valid.prompt_logprobs and self.num_prompt_logprobs < len(self.valid.token_ids) - 1
 
     @property
     def num_generated_tokens(self) -> int:
