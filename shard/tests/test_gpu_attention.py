@@ -1,10 +1,19 @@
-"""The Triton kernels compute what the definitions say: in Triton's interpreter on CPU, for real on a GPU."""
+"""The attention backends for GPUs compute what the definition says.
 
-from dataclasses import dataclass
+The Triton kernels run in Triton's interpreter on CPU, and for real with a GPU. flash-attn is replaced by fakes with its
+signatures that compute what its documentation promises.
+"""
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
 from tgi_shard.attention.base import AttentionBatch, AttentionSpec
+from tgi_shard.attention.flash_attn import FlashAttention, Version, layer_objections
 from tgi_shard.attention.triton import TritonAttention
 from torch import Tensor
 
@@ -240,8 +249,6 @@ def test_a_token_with_slot_minus_one_is_not_written(device: torch.device) -> Non
 
 def test_padding_items_do_nothing(device: torch.device) -> None:
     """A captured graph launches as many programs as its largest step; the rest carry request -1."""
-    from dataclasses import replace
-
     from tgi_shard.kernels.paged_attention import paged_attention
 
     spec = make_spec(2, 1)
@@ -256,3 +263,143 @@ def test_padding_items_do_nothing(device: torch.device) -> None:
     ]
     found = paged_attention(case.q, case.kv, plan.requests, layer.scores, padded, plan.interpreted)
     assert torch.equal(found, expected)
+
+
+# As documented: query i of a sequence sits at key position i + len_k - len_q; a window (left, right) shows it the keys
+# from `left` before to `right` after that position.
+FAKE = """
+import torch
+
+def attend(q, k_cache, v_cache, cu_q, context, table, scale, causal, window, softcap, slopes):
+    results = []
+    for r in range(len(context)):
+        rows = q[cu_q[r]:cu_q[r + 1]].double()
+        keys, values = (c[table[r].long()].flatten(0, 1)[:context[r]].double() for c in (k_cache, v_cache))
+        group = q.shape[1] // keys.shape[1]
+        keys, values = (t.repeat_interleave(group, 1) for t in (keys, values))
+        scores = torch.einsum("qhd,khd->hqk", rows, keys) * scale
+        if softcap > 0:
+            scores = softcap * torch.tanh(scores / softcap)
+        offset = torch.arange(len(keys))[None, :] - (torch.arange(len(rows)) + len(keys) - len(rows))[:, None]
+        if slopes is not None:
+            scores = scores - slopes.double()[:, None, None] * offset.abs()
+        left, right = window
+        hidden = offset > 0 if causal else torch.zeros_like(offset, dtype=torch.bool)
+        hidden |= (left >= 0) & (offset < -left)
+        hidden |= (right >= 0) & (offset > right)
+        results.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), values))
+    return torch.cat(results).to(q.dtype)
+"""
+FAKE_2 = """
+def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0,
+                           softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
+                           deterministic=False, return_attn_probs=False, block_table=None):
+    assert max_seqlen_q == cu_seqlens_q.diff().max() and max_seqlen_k == cu_seqlens_k.diff().max()
+    return attend(q, k, v, cu_seqlens_q, cu_seqlens_k.diff(), block_table, softmax_scale, causal, window_size, softcap,
+                  alibi_slopes)
+"""
+FAKE_3 = """
+def flash_attn_with_kvcache(q, k_cache, v_cache, k=None, v=None, qv=None, rotary_cos=None, rotary_sin=None,
+                            cache_seqlens=None, cache_batch_idx=None, cache_leftpad=None, page_table=None,
+                            cu_seqlens_q=None, cu_seqlens_k_new=None, max_seqlen_q=None, rotary_seqlens=None,
+                            q_descale=None, k_descale=None, v_descale=None, softmax_scale=None, causal=False,
+                            window_size=(-1, -1), attention_chunk=0, softcap=0.0, rotary_interleaved=True,
+                            scheduler_metadata=None, num_splits=0, pack_gqa=None, sm_margin=0,
+                            return_softmax_lse=False):
+    assert max_seqlen_q == cu_seqlens_q.diff().max()
+    return attend(q, k_cache, v_cache, cu_seqlens_q, cache_seqlens, page_table, softmax_scale, causal, window_size,
+                  softcap, None)
+"""
+
+
+@pytest.fixture
+def flash_attn_fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    (tmp_path / "flash_attn.py").write_text(FAKE + FAKE_2)
+    (tmp_path / "flash_attn_interface.py").write_text(FAKE + FAKE_3)
+    monkeypatch.syspath_prepend(tmp_path)
+    saved = {name: sys.modules.pop(name, None) for name in ("flash_attn", "flash_attn_interface")}
+    yield
+    for name, module in saved.items():
+        sys.modules.pop(name, None)
+        if module is not None:
+            sys.modules[name] = module
+
+
+SPECS = {
+    "plain": make_spec(),
+    "window": make_spec(window=9),
+    "softcap": make_spec(softcap=2.0),
+    "alibi": make_spec(alibi_slopes=(0.5, 0.25, 0.125, 0.0625)),
+}
+
+
+@pytest.mark.usefixtures("flash_attn_fakes")
+@pytest.mark.parametrize("lengths", [MIXED, DECODE], ids=["mixed", "decode"])
+@pytest.mark.parametrize(
+    ("version", "name"), [(2, name) for name in SPECS] + [(3, name) for name in SPECS if name != "alibi"]
+)
+def test_flash_attn_is_asked_for_the_same(version: Version, name: str, lengths: list[tuple[int, int]]) -> None:
+    spec = SPECS[name]
+    case = make_case(spec, lengths, torch.device("cpu"))
+    for pool in case.kv:
+        pool.nan_to_num_(7.0)
+    expected = dense(case, spec)
+    backend = FlashAttention(version)
+    plan = backend.plan(case.batch, [spec])
+    found = backend.forward(case.q, case.k, case.v, case.kv, case.batch, plan, spec)
+    assert torch.allclose(found.double(), expected, atol=1e-4)
+
+
+def test_flash_attn_says_what_it_cannot_do() -> None:
+    fine = make_spec(head_dim=128)
+    assert layer_objections(2, fine, torch.bfloat16, 256) == []
+    assert layer_objections(3, fine, torch.float16, 16) == []
+    assert "multiple of 256" in layer_objections(2, fine, torch.bfloat16, 16)[0]
+    assert "float32" in layer_objections(2, fine, torch.float32, 256)[0]
+    assert "this model's is 20" in layer_objections(3, make_spec(head_dim=20), torch.bfloat16, 16)[0]
+    assert "ALiBi" in layer_objections(3, SPECS["alibi"], torch.bfloat16, 16)[0]
+
+
+def test_flash_attn_is_not_used_where_it_is_not_installed_or_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    backend = FlashAttention()
+    assert backend.version is None
+    assert backend.objections(make_spec(), torch.device("cuda"), torch.bfloat16, 16) == [
+        "the package flash-attn is not installed"
+    ]
+    assert "not on cpu" in backend.objections(make_spec(), torch.device("cpu"), torch.bfloat16, 16)[0]
+
+
+class FakeGpu:
+    """A machine whose parts can be missing, as `attention/triton.py` asks about them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from tgi_shard.attention import triton as module
+
+        self.capability, self.compilers, self.header = (9, 0), {"gcc"}, Path(__file__)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: self.capability)
+        monkeypatch.setattr(module.shutil, "which", lambda name: name if name in self.compilers else None)
+        monkeypatch.setattr(module, "_python_header", lambda: self.header)
+
+    def objections(self, spec: AttentionSpec, dtype: torch.dtype = torch.bfloat16) -> list[str]:
+        return TritonAttention().objections(spec, torch.device("cuda"), dtype, BLOCK_SIZE)
+
+
+def test_triton_says_what_it_misses(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = FakeGpu(monkeypatch)
+    assert gpu.objections(make_spec()) == []
+    assert "up to 256" in gpu.objections(make_spec(head_dim=288))[0]
+    assert "float64" in gpu.objections(make_spec(), torch.float64)[0]
+    gpu.compilers = set()
+    assert "C compiler" in gpu.objections(make_spec())[0]
+    gpu.compilers, gpu.header = {"clang"}, Path("/nowhere/Python.h")
+    assert "Python.h is missing" in gpu.objections(make_spec())[0]
+    gpu.header, gpu.capability = Path(__file__), (7, 5)
+    assert "this GPU has 7.5" in gpu.objections(make_spec())[0]
+
+
+def test_triton_is_not_for_cpu_unless_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    import triton
+
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    assert "this one is cpu" in TritonAttention().objections(make_spec(), torch.device("cpu"), torch.float32, 16)[0]
