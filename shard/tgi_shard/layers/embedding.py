@@ -1,0 +1,96 @@
+"""The embedding table and the output head, split over the ranks by vocabulary.
+
+The vocabulary is padded so that every rank has equally many rows. On CUDA tied tables share storage. On CPU the
+embedding reads rows of the mapped file, in the checkpoint's dtype, and so takes no memory beside the packed head.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..checkpoint import Checkpoint
+from ..parallel import Parallel
+from .linear import Matmul, make_matmul
+
+PAD_ROWS = 64  # rows per rank are a multiple, for the sake of matrix kernels
+
+
+class VocabRange:
+    """This rank's rows of a `[vocab, hidden]` table: start .. stop, then padding up to `rows`."""
+
+    def __init__(self, vocab: int, parallel: Parallel) -> None:
+        unit = PAD_ROWS * parallel.world_size
+        self.rows = -(-vocab // unit) * PAD_ROWS
+        self.start = min(parallel.rank * self.rows, vocab)
+        self.stop = min(self.start + self.rows, vocab)
+
+    def padded(self, table: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """A copy of these rows of the whole table, padded with zeros: `[rows, hidden]`."""
+        share = torch.zeros((self.rows, table.shape[1]), dtype=dtype, device=device)
+        share[: self.stop - self.start].copy_(table[self.start : self.stop])
+        return share
+
+
+class Embedding:
+    def __init__(self, rows: Tensor, share: VocabRange, dtype: torch.dtype, parallel: Parallel, num_bytes: int) -> None:
+        """rows: `[>= stop - start, hidden]`, of any floating dtype; num_bytes: what they add to this rank's memory."""
+        self._rows, self._share, self._dtype, self._parallel = rows, share, dtype, parallel
+        self.num_bytes = num_bytes
+
+    def __call__(self, token_ids: Tensor) -> Tensor:
+        """`[T]` → `[T, hidden]`."""
+        if self._parallel.world_size == 1:
+            return F.embedding(token_ids, self._rows).to(self._dtype)
+        local = token_ids - self._share.start
+        elsewhere = (local < 0) | (local >= self._share.stop - self._share.start)
+        hidden = F.embedding(local.masked_fill(elsewhere, 0), self._rows).to(self._dtype)
+        return self._parallel.all_reduce(hidden.masked_fill_(elsewhere[:, None], 0))
+
+
+class Head:
+    """Hidden states to logits of the whole vocabulary, on every rank."""
+
+    def __init__(self, matmul: Matmul, vocab: int, parallel: Parallel) -> None:
+        self._matmul, self._vocab, self._parallel = matmul, vocab, parallel
+        self.num_bytes = matmul.num_bytes
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """`[N, hidden]` → `[N, vocab]` float32."""
+        return self._parallel.all_gather(self._matmul(hidden))[:, : self._vocab].float()
+
+
+class VocabTables:
+    """Reads the embedding table and the head of one checkpoint."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, vocab: int, parallel: Parallel, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self._checkpoint, self._vocab, self._parallel = checkpoint, vocab, parallel
+        self._device, self._dtype = device, dtype
+        self._share = VocabRange(vocab, parallel)
+
+    def embedding(self, module: str) -> Embedding:
+        return self._embedding(self._checkpoint.read(f"{module}.weight"))
+
+    def head(self, module: str) -> Head:
+        return self._head(self._padded(module))
+
+    def tied(self, module: str) -> tuple[Embedding, Head]:
+        """Both from one table."""
+        if self._device.type == "cpu":
+            return self.embedding(module), self.head(module)
+        weight = self._padded(module)
+        return Embedding(weight, self._share, self._dtype, self._parallel, 0), self._head(weight)
+
+    def _padded(self, module: str) -> Tensor:
+        return self._share.padded(self._checkpoint.read(f"{module}.weight"), self._device, self._dtype)
+
+    def _embedding(self, table: Tensor) -> Embedding:
+        rows = table[self._share.start : self._share.stop]
+        if self._device.type == "cpu" and rows.shape[0]:
+            return Embedding(rows, self._share, self._dtype, self._parallel, 0)
+        rows = self._share.padded(table, self._device, self._dtype)
+        return Embedding(rows, self._share, self._dtype, self._parallel, rows.nbytes)
+
+    def _head(self, weight: Tensor) -> Head:
+        return Head(make_matmul(weight, None), self._vocab, self._parallel)
