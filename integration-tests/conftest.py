@@ -1,14 +1,9 @@
 """Fixtures: one `server` shared by most tests, and `launch` for those that need their own flags or break things."""
 
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
-
-import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import harness
+import pytest
 
 
 @pytest.fixture(scope="session")

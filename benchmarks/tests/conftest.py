@@ -1,17 +1,13 @@
-"""Makes the repository root importable (`benchmarks` is a namespace package) and serves a stand-in to measure."""
+"""A stand-in server to measure."""
 
 import asyncio
 import json
-import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
 from aiohttp import web
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 
 @dataclass
