@@ -1,0 +1,182 @@
+"""Logits to tokens: the ordered list of what happens to a row's distribution, for all rows of a step at once.
+
+    watermark → repetition penalty → frequency penalty → temperature → top-k → top-p → typical-p → draw, or the maximum
+
+(TGI's order.) A log-probability is that of the distribution the token was drawn from. No generator state, no per-row
+Python except for rows that ask for a watermark or for top tokens; a feature no row uses costs nothing.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..upload import upload
+from . import draw, noise, truncation
+from .logprobs import TopTokens, top_tokens
+from .penalties import History, penalise
+from .watermark import Watermark
+
+# Candidates looked at, in order, before the whole vocabulary is. On CPU only: whether they suffice must be read back.
+WINDOWS = (256, 4096)
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingBatch:
+    """The N rows of a step that get a token."""
+
+    params: NDArray[np.void]  # [N] parameters.RECORD
+    rows: NDArray[np.int64]  # [N] places in `tokens`
+    num_tokens: NDArray[np.int64]  # [N] known tokens = position of the token to be chosen
+    num_prompt_tokens: NDArray[np.int64]  # [N]
+    tokens: Tensor  # [max rows, max tokens] int32, every row's history
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """Results on the device. A row whose logits were not finite has a log-probability that is not finite."""
+
+    ids: Tensor  # [N] int64
+    logprobs: Tensor  # [N] float32
+    top: dict[int, TopTokens] = field(default_factory=dict)  # for the rows of the batch that want them
+
+
+class Sampler:
+    """One per engine. Holds nothing between steps but the watermark's cached lists."""
+
+    def __init__(self, vocab_size: int, watermark: Watermark, windows: tuple[int, ...] = WINDOWS) -> None:
+        self._vocab_size = vocab_size
+        self._watermark = watermark
+        self._windows = windows
+
+    def __call__(self, logits: Tensor, batch: SamplingBatch) -> Sampled:
+        """logits `[N, V]` float32, which it may overwrite."""
+        self._adjust(logits, batch)
+        params, n = batch.params, len(batch.params)
+        out = Sampled(torch.empty(n, dtype=torch.int64, device=logits.device), logits.new_empty(n))
+        samples, truncates = params["samples"], params["truncates"]
+        everywhere = np.arange(n)
+        self._greedy(logits, everywhere[~samples], batch, out)
+        self._drawn(logits, everywhere[samples & ~truncates], batch, out)
+        self._truncated(logits, everywhere[truncates], batch, out)
+        return out
+
+    def _adjust(self, logits: Tensor, batch: SamplingBatch) -> None:
+        """Watermark and penalties, in place."""
+        params = batch.params
+        if params["watermark"].any():
+            marked = np.flatnonzero(params["watermark"])
+            rows, last = upload([batch.rows[marked], batch.num_tokens[marked] - 1], logits.device)
+            self._watermark.apply(logits, marked.tolist(), batch.tokens[rows, last].tolist())
+        if params["penalises"].any():
+            index = np.flatnonzero(params["penalises"])
+            lengths = batch.num_tokens[index]
+            arrays: list[NDArray[np.generic]] = [index, batch.rows[index], lengths, batch.num_prompt_tokens[index]]
+            arrays += [params[name][index] for name in ("repetition_penalty", "frequency_penalty")]
+            where, rows, known, prompts, repetition, frequency = upload(arrays, logits.device)
+            history = batch.tokens[:, : int(lengths.max())].index_select(0, rows).long()
+            penalise(logits, where, History(history, known, prompts), repetition, frequency)
+
+    def _greedy(self, logits: Tensor, index: NDArray[np.int64], batch: SamplingBatch, out: Sampled) -> None:
+        if len(index) == 0:
+            return
+        z = _rows_of(logits, index)
+        ids = z.argmax(-1)
+        self._put(out, index, batch, ids, z.logsumexp(-1), z, None)
+
+    def _drawn(self, logits: Tensor, index: NDArray[np.int64], batch: SamplingBatch, out: Sampled) -> None:
+        if len(index) == 0:
+            return
+        z = self._scaled(logits, index, batch)
+        ids, norm = draw.from_vocabulary(z, self._keys(index, batch, z.device))
+        self._put(out, index, batch, ids, norm, z, None)
+
+    def _truncated(self, logits: Tensor, index: NDArray[np.int64], batch: SamplingBatch, out: Sampled) -> None:
+        if len(index) == 0:
+            return
+        z = self._scaled(logits, index, batch)
+        names = ("top_k", "top_p", "typical_p")
+        limits = truncation.Limits(*upload([batch.params[name][index] for name in names], z.device))
+        for size in self._windows if z.device.type == "cpu" else ():
+            if size >= self._vocab_size or len(index) == 0:
+                break
+            z, limits, index = self._from_window(z, limits, index, size, batch, out)
+        if len(index) == 0:
+            return
+        params = batch.params[index]
+        uses = {"top_k": (params["top_k"] > 0).any(), "top_p": (params["top_p"] < 1).any()}
+        uses["typical_p"] = (params["typical_p"] < 1).any()
+        z = truncation.over_vocabulary(z, limits, **{name: bool(used) for name, used in uses.items()})
+        ids, norm = draw.from_vocabulary(z, self._keys(index, batch, z.device))
+        self._put(out, index, batch, ids, norm, z, None)
+
+    def _from_window(
+        self,
+        z: Tensor,
+        limits: truncation.Limits,
+        index: NDArray[np.int64],
+        size: int,
+        batch: SamplingBatch,
+        out: Sampled,
+    ) -> tuple[Tensor, truncation.Limits, NDArray[np.int64]]:
+        """Draws for the rows whose survivors are among the `size` best; returns what is left of z, limits and index."""
+        params = batch.params[index]
+        tried = ((params["top_k"] > 0) & (params["top_k"] <= size)) | (params["top_p"] < 1)
+        if not tried.any():
+            return z, limits, index
+        rows = torch.from_numpy(np.flatnonzero(tried))
+        every = bool(tried.all())
+        values, ids, fits = truncation.in_window(z if every else z[rows], limits.select(rows), size)
+        fitting = rows[fits].numpy()
+        if len(fitting):
+            if len(fitting) < len(values):
+                values, ids = values[fits], ids[fits]
+            done = index[fitting]
+            chosen, norm = draw.from_candidates(values, ids, self._vocab_size, self._keys(done, batch, z.device))
+            self._put(out, done, batch, chosen, norm, values, ids)
+        left = np.setdiff1d(np.arange(len(index)), fitting)
+        if len(left) == 0:
+            return z, limits, index[left]
+        keep = torch.from_numpy(left)
+        return z[keep], limits.select(keep), index[left]
+
+    def _scaled(self, logits: Tensor, index: NDArray[np.int64], batch: SamplingBatch) -> Tensor:
+        """`[n, V rounded up to whole blocks]`: logits over temperature, -inf in the columns that are no token."""
+        z = logits.new_full((len(index), draw.padded_width(self._vocab_size)), -torch.inf)
+        (temperature,) = upload([batch.params["temperature"][index]], logits.device)
+        torch.div(_rows_of(logits, index), temperature.unsqueeze(1), out=z[:, : self._vocab_size])
+        return z
+
+    def _keys(self, index: NDArray[np.int64], batch: SamplingBatch, device: torch.device) -> Tensor:
+        return noise.keys(*upload([batch.params["seed"][index], batch.num_tokens[index]], device))
+
+    def _put(
+        self,
+        out: Sampled,
+        index: NDArray[np.int64],
+        batch: SamplingBatch,
+        chosen: Tensor,
+        norm: Tensor,
+        z: Tensor,
+        ids: Tensor | None,
+    ) -> None:
+        """Stores rows `index`: tokens `chosen`. z `[n, K]`: logits of tokens `ids` (None: column = id), norm: logsumexp."""
+        column = chosen.unsqueeze(1) if ids is None else (ids == chosen.unsqueeze(1)).int().argmax(-1, keepdim=True)
+        logprob = z.gather(1, column).squeeze(1) - norm
+        (where,) = upload([index], z.device)
+        out.ids[where] = chosen
+        out.logprobs[where] = logprob
+        wanted = batch.params["top_n"][index]
+        if wanted.any():
+            some = np.flatnonzero(wanted)
+            pick, counts = upload([some, wanted[some]], z.device)
+            scores = z[pick] - norm[pick].unsqueeze(1)
+            found = top_tokens(scores, None if ids is None else ids[pick], counts)
+            out.top.update(zip(index[some].tolist(), found, strict=True))
+
+
+def _rows_of(logits: Tensor, index: NDArray[np.int64]) -> Tensor:
+    """logits `[n, V]` of the rows in `index`; not copied when these are all of them."""
+    return logits if len(index) == logits.shape[0] else logits[upload([index], logits.device)[0]]
