@@ -1,0 +1,210 @@
+"""One child process: started in its own process group, its logs read and shown, its death reported.
+
+Knows nothing about shards or routers: what a record's `event` means is the supervisor's business. A child's stdout
+carries log records (`tgi_proto/logs.py`), its stderr whatever libraries print; the end of stderr is kept as evidence.
+"""
+
+import asyncio
+import os
+import re
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tgi_proto import logs
+
+from .console import Console
+from .guard import Guard, kill_group
+
+_STDERR_KEPT = 64 * 1024
+_MAX_LINE = 1 << 20
+_EXEC_CHILD = str(Path(__file__).with_name("exec_child.py"))
+_PIPE_GRACE_S = 1.0  # a grandchild may hold the pipes open after the child's death
+
+# Lines that libraries print to stderr on every healthy start. Shown at DEBUG only.
+_NOISE = re.compile(
+    r"Address family not supported by protocol|absl::InitializeLog|^I\d{4} |ev_poll_posix|fork_posix\.cc"
+    r"|TORCH_NCCL_AVOID_RECORD_STREAMS|NNPACK|pynvml package is deprecated|^\s*import pynvml|^\s*$"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """How to start a child. `shown`: the line a person can run by hand to get the same process."""
+
+    name: str  # "router", "shard-0", "download", "convert"
+    argv: tuple[str, ...]
+    environ: Mapping[str, str] = field(repr=False)
+    rank: int | None = None
+
+    @property
+    def shown(self) -> str:
+        return shlex.join(self.argv)
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A child logged something; the console has shown it already."""
+
+    child: "Child"
+    record: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Exited:
+    """A child ended and both its pipes are read to their end."""
+
+    child: "Child"
+
+
+Post = Callable[[Record | Exited], None]
+
+
+class Child:
+    """A running child. Create with `await Child.start(...)`."""
+
+    def __init__(self, command: Command, process: asyncio.subprocess.Process, console: Console, post: Post) -> None:
+        self.command = command
+        self.started_s = time.monotonic()
+        self.exited_s: float | None = None
+        self.last_error: str | None = None  # the last record at ERROR or above
+        self.stopped_because: str | None = None  # set when the launcher itself ended it
+        self._process = process
+        self._console = console
+        self._post = post
+        self._stderr = bytearray()
+        self._gone = asyncio.Event()
+
+    @classmethod
+    async def start(cls, command: Command, console: Console, post: Post, guard: Guard) -> "Child":
+        """Starts `command`; its records and its end are given to `post`."""
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-I",
+            "-S",
+            _EXEC_CHILD,
+            str(os.getpid()),
+            *command.argv,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            env=dict(command.environ),
+            process_group=0,
+        )
+        guard.watch_group(process.pid)
+        child = cls(command, process, console, post)
+        child._task = asyncio.create_task(child._follow(guard))
+        return child
+
+    _task: asyncio.Task[None]
+
+    @property
+    def name(self) -> str:
+        return self.command.name
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        return not self._gone.is_set()
+
+    @property
+    def returncode(self) -> int | None:
+        """Exit status, or minus the number of the signal; None while it runs."""
+        return self._process.returncode
+
+    @property
+    def stderr_tail(self) -> str:
+        """The last 64 KiB of its stderr."""
+        return self._stderr.decode(errors="replace")
+
+    def signal(self, signum: int) -> None:
+        """Sends `signum` to the child itself."""
+        if self._process.returncode is None:
+            try:
+                self._process.send_signal(signum)
+            except ProcessLookupError:
+                return
+
+    def kill(self, because: str) -> None:
+        """SIGKILL to its whole process group."""
+        if self._process.returncode is None:
+            self.stopped_because = self.stopped_because or because
+            kill_group(self.pid)
+
+    async def wait(self, timeout_s: float | None = None) -> bool:
+        """Whether it has ended, waiting for at most `timeout_s`."""
+        try:
+            await asyncio.wait_for(self._gone.wait(), timeout_s)
+        except TimeoutError:
+            return False
+        return True
+
+    async def stop(self, grace_s: float, because: str) -> None:
+        """SIGTERM, then SIGKILL to the group after `grace_s`."""
+        if not self.alive:
+            return
+        self.stopped_because = self.stopped_because or because
+        self.signal(signal.SIGTERM)
+        if not await self.wait(grace_s):
+            self._console.text("launcher", "WARNING", f"Killing {self.name}: it did not stop within {grace_s:g} s")
+            self.kill(because)
+            await self.wait()
+
+    async def _follow(self, guard: Guard) -> None:
+        process = self._process
+        streams = ((process.stdout, self._on_stdout), (process.stderr, self._on_stderr))
+        readers = [asyncio.create_task(_lines(stream, handle)) for stream, handle in streams if stream is not None]
+        await process.wait()
+        self.exited_s = time.monotonic()
+        kill_group(self.pid)  # whatever it started and left behind
+        guard.forget_group(self.pid)
+        _, unfinished = await asyncio.wait(readers, timeout=_PIPE_GRACE_S)
+        for reader in unfinished:
+            reader.cancel()
+        self._gone.set()
+        self._post(Exited(self))
+
+    def _on_stdout(self, line: bytes) -> None:
+        text = line.decode(errors="replace")
+        record = logs.parse(text)
+        if record is None:
+            if text.strip():
+                self._console.text(self.name, "INFO", text, **self._rank_field())
+            return
+        if record["level"] in ("ERROR", "CRITICAL"):
+            self.last_error = str(record["message"])
+        if record.get("event") != "progress":  # the supervisor shows progress
+            self._console.show(self.name, record)
+        self._post(Record(self, record))
+
+    def _on_stderr(self, line: bytes) -> None:
+        self._stderr += line + b"\n"
+        del self._stderr[:-_STDERR_KEPT]
+        text = line.decode(errors="replace")
+        if not _NOISE.search(text):
+            self._console.text(self.name, "WARNING", text, **self._rank_field())
+
+    def _rank_field(self) -> dict[str, int]:
+        return {} if self.command.rank is None else {"rank": self.command.rank}
+
+
+async def _lines(reader: asyncio.StreamReader, handle: Callable[[bytes], None]) -> None:
+    """Calls `handle` with each line of `reader`; a line longer than 1 MiB comes in pieces."""
+    rest = b""
+    while chunk := await reader.read(1 << 16):
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            handle(line)
+        if len(rest) > _MAX_LINE:
+            handle(rest)
+            rest = b""
+    if rest:
+        handle(rest)
