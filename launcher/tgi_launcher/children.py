@@ -19,14 +19,20 @@ from .process import Command
 _SECRETS = ("API_KEY", "HF_TOKEN", "HF_API_TOKEN", "HUGGING_FACE_HUB_TOKEN", "NGROK_AUTHTOKEN")
 
 
+def _script(name: str, module: str) -> tuple[str, ...]:
+    """The installed script `name` beside this interpreter; without one (a package that was only copied) its module."""
+    path = Path(sys.executable).with_name(name)
+    return (str(path),) if path.is_file() else (sys.executable, "-c", f"from {module} import main; main()")
+
+
 @dataclass(frozen=True, slots=True)
 class Programs:
     """How each child is started, before its arguments."""
 
-    shard: tuple[str, ...] = (sys.executable, "-m", "tgi_shard.cli", "serve")
-    router: tuple[str, ...] = (sys.executable, "-m", "tgi_router.cli")
+    shard: tuple[str, ...] = (*_script("text-generation-server", "tgi_shard.cli"), "serve")
+    router: tuple[str, ...] = _script("text-generation-router", "tgi_router.cli")
     download: tuple[str, ...] = (sys.executable, "-m", "tgi_launcher.download")
-    convert: tuple[str, ...] = (sys.executable, "-m", "tgi_shard.cli", "convert")
+    convert: tuple[str, ...] = (*_script("text-generation-server", "tgi_shard.cli"), "convert")
 
 
 def _base(environ: Mapping[str, str]) -> dict[str, str]:
