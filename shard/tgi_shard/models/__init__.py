@@ -62,7 +62,7 @@ def load_model(
     directory = Path(config.model_dir)
     spec, names = describe(hf_config.read(directory), config.rope_scaling, config.rope_factor)
     heads = HeadSplit.of(spec, parallel)
-    specs = [heads.attention_spec(spec, number) for number in range(spec.layers)]
+    specs = [heads.attention_spec(spec, number, dtype) for number in range(spec.layers)]
     backend = attention.choose(config.attention, specs, device, dtype, config.block_size)
     checkpoint = Checkpoint.open(directory, progress)
     ignorable = names.ignorable + ((rf"{re.escape(names.head)}\.weight",) if spec.tied_head else ())

@@ -62,13 +62,14 @@ class HeadSplit:
         first = parallel.rank * total // world
         return cls(heads, slice(first, first + 1))
 
-    def attention_spec(self, spec: DecoderSpec, layer: int) -> AttentionSpec:
+    def attention_spec(self, spec: DecoderSpec, layer: int, dtype: torch.dtype) -> AttentionSpec:
         return AttentionSpec(
             num_heads=self.heads.stop - self.heads.start,
             num_kv_heads=self.kv_heads.stop - self.kv_heads.start,
             head_dim=spec.attention.head_dim,
             scale=spec.attention.scale,
             window=spec.windows[layer],
+            dtype=dtype,
         )
 
 
@@ -78,7 +79,7 @@ class DecoderLayer:
     ) -> None:
         names, attention = source.names, spec.attention
         heads = HeadSplit.of(spec, parallel)
-        self.attention_spec = heads.attention_spec(spec, number)
+        self.attention_spec = heads.attention_spec(spec, number, source.dtype)
 
         def name(part: str) -> str:
             return names.in_layer(number, part)
