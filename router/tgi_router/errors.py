@@ -23,6 +23,8 @@ class ApiError(Exception):
     status: ClassVar[int] = 500
     error_type: ClassVar[str] = "internal"  # TGI's
     openai_type: ClassVar[str] = "server_error"  # OpenAI's `error.type`
+    openai_code: ClassVar[str | None] = None  # OpenAI's `error.code`
+    openai_status: ClassVar[int | None] = None  # on /v1/*, when OpenAI's clients expect another one than TGI's
     prefix: ClassVar[str] = ""  # stands before the sentence, as in TGI
     failure: ClassVar[FailureLabel | None] = None  # label of tgi_request_failure; None = not counted
 
@@ -137,6 +139,7 @@ class RequestTimeout(ApiError):
 class Unauthorized(ApiError):
     status = 401
     error_type = "authentication"
+    openai_code = "invalid_api_key"
     openai_type = "authentication_error"
 
     def __init__(self) -> None:
@@ -149,6 +152,7 @@ class Overloaded(ApiError):
     status = 429
     error_type = "overloaded"
     openai_type = "rate_limit_error"
+    openai_code = "rate_limit_exceeded"
     failure = "overloaded"
 
     def __init__(self, retry_after_s: int = 1) -> None:
@@ -159,6 +163,7 @@ class GenerationError(ApiError):
     """A shard could not compute this request: its row failed, or it was in flight at too many crashes."""
 
     status = 424
+    openai_status = 500
     error_type = "generation"
     prefix = "Request failed during generation: "
     failure = "generation"

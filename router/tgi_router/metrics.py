@@ -2,7 +2,7 @@
 
 Names, types, labels and buckets are TGI's; those after the line "ours" are new. Everything exists at zero from the
 start. The exposition is written here because TGI's counters have no `_total` suffix and integral numbers have no `.0`,
-which the usual client library does not allow. Recording takes well under a microsecond: the event loop does it per token.
+which the usual client library does not allow. Recording takes well under a microsecond: it happens per token.
 
 Not declared, because nothing here corresponds to them: `tgi_batch_concat`, `tgi_batch_concat_duration` (batches are
 never concatenated) and `tgi_batch_max_total_tokens` (TGI never exported it).

@@ -1,0 +1,111 @@
+"""The aiohttp application: route tables, and what holds for every request whatever its route.
+
+That is: CORS, the request's id, authentication, refusal while draining, and turning exceptions into responses. A new
+route is a file in routes/ and a line in `build`. Called by cli.py and by tests.
+"""
+
+import asyncio
+import hmac
+import logging
+import re
+import uuid
+from collections.abc import Awaitable, Callable
+
+from aiohttp import web
+
+from .bodies import error_response
+from .errors import ApiError, Bug, InternalError, PayloadTooLarge, ShuttingDown, Unauthorized
+from .routes import chat, completions, generate, info
+from .server import SERVER, Server
+
+logger = logging.getLogger(__name__)
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+# GET on these says only whether the server is well, so it needs no key.
+_OPEN_PATHS = frozenset({"/", "/health", "/ping"})
+_VARY = "origin, access-control-request-method, access-control-request-headers"
+_REQUEST_ID = re.compile(r"^[\w.:-]{1,128}$", re.ASCII)
+
+
+def build(server: Server) -> web.Application:
+    """The application that serves `server`."""
+    app = web.Application(client_max_size=server.config.payload_limit + 1, middlewares=[_around_every_request])
+    app[SERVER] = server
+    for module in (generate, chat, completions, info):
+        app.add_routes(module.routes)
+    app.on_response_prepare.append(_add_common_headers)
+    return app
+
+
+def build_metrics(server: Server) -> web.Application:
+    """The application of `--prometheus-port`: metrics and nothing else."""
+    app = web.Application()
+    app[SERVER] = server
+    app.router.add_get("/metrics", info.metrics)
+    return app
+
+
+@web.middleware
+async def _around_every_request(request: web.Request, handler: Handler) -> web.StreamResponse:
+    server = request.app[SERVER]
+    try:
+        if request.method == "OPTIONS":
+            return _preflight(request)
+        _authenticate(request, server)
+        if server.draining and request.method == "POST":
+            raise ShuttingDown()
+        return await handler(request)
+    except ApiError as error:
+        return _refusal(request, server, error)
+    except web.HTTPRequestEntityTooLarge:
+        return _refusal(request, server, PayloadTooLarge(server.config.payload_limit))
+    except web.HTTPException as error:  # no such path or method: TGI answers without a body
+        headers = {"allow": error.headers["Allow"]} if "Allow" in error.headers else {}
+        return web.Response(status=error.status, headers=headers)
+    except (ConnectionError, asyncio.CancelledError):
+        raise  # the client has left
+    except Exception as error:
+        kind = "A bug" if isinstance(error, Bug) else "An unexpected error"
+        logger.exception("%s in %s %s", kind, request.method, request.path)
+        return _refusal(request, server, InternalError())
+
+
+def _refusal(request: web.Request, server: Server, error: ApiError) -> web.Response:
+    response = error_response(request, error)
+    if server.draining:
+        response.force_close()
+    return response
+
+
+def _authenticate(request: web.Request, server: Server) -> None:
+    """Raises Unauthorized. The key is compared in constant time; the scheme's case does not matter."""
+    if server.api_key is None or (request.method in ("GET", "HEAD") and request.path in _OPEN_PATHS):
+        return
+    scheme, _, key = request.headers.get("authorization", "").partition(" ")
+    given = key.strip().encode(errors="surrogateescape")
+    if scheme.lower() != "bearer" or not hmac.compare_digest(given, server.api_key.encode()):
+        raise Unauthorized()
+
+
+def _preflight(request: web.Request) -> web.Response:
+    """Any OPTIONS request."""
+    return web.Response(
+        headers={
+            "access-control-allow-methods": "GET,POST",
+            "access-control-allow-headers": "content-type,authorization",
+        }
+    )
+
+
+async def _add_common_headers(request: web.Request, response: web.StreamResponse) -> None:
+    origins = request.app[SERVER].config.cors_allow_origin
+    origin = request.headers.get("origin")
+    if not origins or "*" in origins:
+        response.headers["access-control-allow-origin"] = "*"
+    elif origin in origins:
+        response.headers["access-control-allow-origin"] = origin
+    response.headers["vary"] = _VARY
+    given = request.headers.get("x-request-id", "")
+    response.headers["x-request-id"] = given if _REQUEST_ID.match(given) else uuid.uuid4().hex
+    response.headers.popall("server", None)

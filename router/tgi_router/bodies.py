@@ -1,0 +1,142 @@
+"""HTTP bodies: JSON in, with TGI's errors for what is not; JSON out; errors in TGI's or OpenAI's shape; TGI's headers.
+
+Called by routes/*, sse.py and app.py.
+"""
+
+import asyncio
+import re
+from typing import Any, TypeVar
+
+import msgspec
+from aiohttp import web
+
+from .errors import (
+    ApiError,
+    MalformedBody,
+    PayloadTooLarge,
+    RequestTimeout,
+    UnsupportedMediaType,
+    WrongShape,
+)
+from .infer import Timings
+from .server import SERVER
+from .stream import Choice
+
+T = TypeVar("T")
+
+JSON = "application/json"
+_JSON_TYPE = re.compile(r"application/([\w.-]+\+)?json$", re.IGNORECASE)
+_READ_DEADLINE_S = 60.0
+_PATH = re.compile(r"^(?P<what>.*) - at `\$\.?(?P<path>[^`]*)`$", re.DOTALL)
+_encode = msgspec.json.encode
+
+
+async def read(request: web.Request, limit: int) -> bytes:
+    """The body. Checks in TGI's order: content type (415), size (413). Raises ApiError."""
+    if not _JSON_TYPE.match(request.content_type):
+        raise UnsupportedMediaType()
+    if (request.content_length or 0) > limit:
+        raise PayloadTooLarge(limit)
+    try:
+        async with asyncio.timeout(_READ_DEADLINE_S):
+            return await request.read()
+    except web.HTTPRequestEntityTooLarge as error:
+        raise PayloadTooLarge(limit) from error
+    except TimeoutError as error:
+        raise RequestTimeout(f"The body did not arrive within {_READ_DEADLINE_S:.0f} seconds.") from error
+
+
+async def parse(request: web.Request, decoder: msgspec.json.Decoder[T]) -> T:
+    """The body as a struct."""
+    return decode(await read(request, request.app[SERVER].config.payload_limit), decoder)
+
+
+def decode(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
+    """The struct in `body`. Raises MalformedBody (400) or WrongShape (422)."""
+    try:
+        return decoder.decode(body)
+    except msgspec.ValidationError as error:
+        raise WrongShape(_with_path_first(str(error))) from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise MalformedBody(str(error)) from error
+
+
+def _with_path_first(message: str) -> str:
+    """ "Expected X - at `$.a.b`" -> "a.b: Expected X", as TGI writes it."""
+    match = _PATH.match(message)
+    return f"{match['path']}: {match['what']}" if match is not None and match["path"] else message
+
+
+def json_response(answer: Any, headers: dict[str, str] | None = None) -> web.Response:
+    """200 with `answer`, a struct or plain data."""
+    return web.Response(body=_encode(answer), content_type=JSON, headers=headers)
+
+
+def is_openai(request: web.Request) -> bool:
+    """Whether the client speaks OpenAI's API rather than TGI's."""
+    return request.path.startswith("/v1/")
+
+
+def error_object(error: ApiError, *, openai: bool) -> dict[str, Any]:
+    """The JSON of `error`."""
+    if not openai:
+        return {"error": error.message, "error_type": error.error_type}
+    return {
+        "error": {
+            "message": error.message,
+            "type": error.openai_type,
+            "param": error.param,
+            "code": error.openai_code,
+            "http_status_code": http_status(error, openai=True),
+        },
+        "error_type": error.error_type,
+    }
+
+
+def http_status(error: ApiError, *, openai: bool) -> int:
+    return error.openai_status if openai and error.openai_status is not None else error.status
+
+
+def error_response(request: web.Request, error: ApiError) -> web.Response:
+    """`error` as a whole response."""
+    openai = is_openai(request)
+    headers = {}
+    if error.retry_after_s is not None:
+        headers["retry-after"] = str(error.retry_after_s)
+    if openai and error.status == 424:
+        headers["x-should-retry"] = "false"  # OpenAI's clients repeat a 500; a poisonous request must not come back
+    return web.Response(
+        status=http_status(error, openai=openai),
+        body=_encode(error_object(error, openai=openai)),
+        content_type=JSON,
+        headers=headers,
+    )
+
+
+def compute_headers(request: web.Request, num_characters: int) -> dict[str, str]:
+    """TGI's headers that are known before the first token."""
+    return {
+        "x-compute-type": request.app[SERVER].config.compute_type,
+        "x-compute-characters": str(num_characters),
+    }
+
+
+def timing_headers(request: web.Request, choices: list[Choice], started_s: float) -> dict[str, str]:
+    """TGI's headers of a finished request. choices: one for each prompt; their numbers are added up."""
+    times = [Timings.of(choice, started_s) for choice in choices]
+
+    def milliseconds(seconds: list[float]) -> str:
+        return str(int(sum(seconds) * 1000))
+
+    return {
+        "x-compute-type": request.app[SERVER].config.compute_type,
+        "x-compute-time": f"{max(one.total for one in times):.9f}".rstrip("0").rstrip("."),
+        "x-compute-characters": str(sum(len(choice.validated.text) for choice in choices)),
+        "x-total-time": milliseconds([one.total for one in times]),
+        "x-validation-time": milliseconds([one.validation for one in times]),
+        "x-queue-time": milliseconds([one.queue for one in times]),
+        "x-inference-time": milliseconds([one.inference for one in times]),
+        "x-time-per-token": milliseconds([one.per_token for one in times]),
+        "x-prompt-tokens": str(sum(len(choice.validated.request.token_ids) for choice in choices)),
+        "x-generated-tokens": str(sum(choice.num_tokens for choice in choices)),
+    }

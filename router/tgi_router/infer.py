@@ -1,0 +1,159 @@
+"""The facade routes call: permit, validation, submission; and the account of every request when it is over.
+
+`Infer.open` yields a `Stream` of choices. Leaving it in any way, be it the end, an error or a client that left (which
+cancels the handler), cancels what still runs and gives the permits back. Called by routes/*; calls validation.py and
+batcher.py; the text side lies in stream.py.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass
+
+from .batcher import Batcher
+from .errors import ApiError, Bug, Overloaded
+from .stream import Choice, Rules, Shared, Stream
+from .validation import Prompt, Validator
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Of one finished choice, in seconds."""
+
+    total: float  # since the handler began
+    validation: float  # until it was submitted
+    queue: float  # until it had a row
+    inference: float  # until its last token
+    per_token: float
+
+    @classmethod
+    def of(cls, choice: Choice, started_s: float) -> "Timings":
+        """started_s: time.monotonic() when the handler began."""
+        request = choice.request
+        if request is None or request.admitted_s is None:
+            raise Bug("a choice has finished without having run. This is a bug.")
+        now_s = time.monotonic()
+        inference = (request.finished_s or now_s) - request.admitted_s
+        return cls(
+            total=now_s - started_s,
+            validation=max(0.0, request.arrived_s - started_s),
+            queue=request.admitted_s - request.arrived_s,
+            inference=inference,
+            per_token=inference / max(1, choice.num_tokens),
+        )
+
+
+class Infer:
+    """One per server."""
+
+    def __init__(self, batcher: Batcher, validator: Validator, shared: Shared, max_concurrent_requests: int) -> None:
+        self.batcher = batcher
+        self.validator = validator
+        self.shared = shared
+        self.num_running = 0  # permits taken
+        self._max_running = max_concurrent_requests
+
+    @contextlib.asynccontextmanager
+    async def open(
+        self, prompts: Sequence[Prompt], rules: Rules, *, started_s: float, copies: int = 1
+    ) -> AsyncIterator[Stream]:
+        """Yields `copies` choices for each prompt, prompt 0's first. Raises ApiError, also from the stream."""
+        stream = Stream(streaming=rules.streaming)
+        try:
+            with self._permits(len(prompts) * copies):
+                try:
+                    await self._submit(stream, prompts, rules, copies)
+                    yield stream
+                    self._account(stream, started_s, copies)
+                finally:
+                    self._cancel(stream)
+        except (asyncio.CancelledError, ConnectionError):
+            self._count_cancelled(stream)
+            raise
+        except ApiError as error:
+            self.count_failure(error)
+            raise
+
+    @contextlib.contextmanager
+    def _permits(self, count: int) -> Iterator[None]:
+        if self.num_running + count > self._max_running:
+            raise Overloaded()
+        self.num_running += count
+        try:
+            yield
+        finally:
+            self.num_running -= count
+
+    async def _submit(self, stream: Stream, prompts: Sequence[Prompt], rules: Rules, copies: int) -> None:
+        validated = await asyncio.gather(*(self.validator.validate(prompt, copies) for prompt in prompts))
+        metrics = self.shared.metrics
+        for group in validated:
+            metrics.request_input_length.observe(len(group[0].request.token_ids))
+            metrics.request_max_new_tokens.observe(group[0].request.max_new_tokens)
+            for one in group:
+                choice = Choice(one, stream, self.shared, rules)
+                choice.request = self.batcher.submit(one.request, choice)
+
+    def _cancel(self, stream: Stream) -> None:
+        """Ends what still runs, whatever the reason."""
+        stream.close()
+        for choice in stream.choices:
+            if choice.finish_reason is None and choice.request is not None:
+                self.batcher.cancel(choice.request)
+
+    def _count_cancelled(self, stream: Stream) -> None:
+        """The client left, or the server's patience with open streams has ended."""
+        self.shared.metrics.request_cancelled.inc()
+        self.shared.metrics.request_failure.inc("dropped")
+        generated = sum(choice.num_tokens for choice in stream.choices)
+        logger.info("Cancelled", extra={"generated_tokens": generated})
+
+    def count_failure(self, error: ApiError) -> None:
+        """The metric and the log line of a failed request; routes call it for what they refuse themselves."""
+        if error.failure is not None:
+            self.shared.metrics.request_failure.inc(error.failure)
+        logger.log(logging.ERROR if error.status >= 500 or error.status == 424 else logging.INFO, "%s", error.message)
+
+    def _account(self, stream: Stream, started_s: float, copies: int) -> None:
+        """Metrics and the log line of every prompt; of several copies the first stands for all, as in TGI."""
+        metrics = self.shared.metrics
+        for choice in stream.choices[::copies]:
+            if choice.finish_reason is None:
+                raise Bug("a handler has left before its choices were over. This is a bug.")
+            times = Timings.of(choice, started_s)
+            metrics.request_success.inc()
+            metrics.request_duration.observe(times.total)
+            metrics.request_validation_duration.observe(times.validation)
+            metrics.request_queue_duration.observe(times.queue)
+            metrics.request_inference_duration.observe(times.inference)
+            metrics.request_mean_time_per_token_duration.observe(times.per_token)
+            metrics.request_generated_tokens.observe(choice.num_tokens)
+            logger.info("Success", extra=_log_fields(choice, times))
+
+
+def _log_fields(choice: Choice, times: Timings) -> dict[str, str | int | None]:
+    """What TGI's line of a finished request says; no text of the request."""
+    return {
+        "total_time": format_duration(times.total),
+        "validation_time": format_duration(times.validation),
+        "queue_time": format_duration(times.queue),
+        "inference_time": format_duration(times.inference),
+        "time_per_token": format_duration(times.per_token),
+        "seed": f"Some({choice.validated.seed})" if choice.validated.seed is not None else "None",
+        "input_tokens": len(choice.validated.request.token_ids),
+        "cached_tokens": choice.request.num_cached_tokens if choice.request is not None else 0,
+        "generated_tokens": choice.num_tokens,
+        "finish_reason": choice.finish_reason.value if choice.finish_reason is not None else None,
+    }
+
+
+def format_duration(seconds: float) -> str:
+    """As Rust prints a duration for people: `1.234567s`, `12.5ms`, `310.25µs`."""
+    for unit, scale, digits in (("s", 1.0, 9), ("ms", 1e-3, 6), ("µs", 1e-6, 3)):
+        if seconds >= scale:
+            return f"{seconds / scale:.{digits}f}".rstrip("0").rstrip(".") + unit
+    return f"{round(seconds * 1e9)}ns"

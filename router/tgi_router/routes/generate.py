@@ -1,0 +1,204 @@
+"""TGI's own generation routes: POST /generate, /generate_stream and / (which is either, chosen by `stream`)."""
+
+import time
+from collections.abc import Sequence
+
+import msgspec
+from aiohttp import web
+
+from .. import sse
+from ..bodies import json_response, parse, timing_headers
+from ..errors import ApiError, ValidationError
+from ..float32 import raw, shortest
+from ..parameters import GenerateParameters
+from ..schemas import tgi
+from ..server import SERVER, Server
+from ..stream import Choice, GeneratedToken, Rules
+from ..validation import Prompt
+
+routes = web.RouteTableDef()
+
+_generate_decoder = msgspec.json.Decoder(tgi.GenerateRequest)
+_compat_decoder = msgspec.json.Decoder(tgi.CompatGenerateRequest)
+_encode = msgspec.json.encode
+
+
+@routes.post("/generate")
+async def generate(request: web.Request) -> web.StreamResponse:
+    """One answer when everything is generated."""
+    started_s = time.monotonic()
+    server = request.app[SERVER]
+    body = await parse(request, _generate_decoder)
+    answer, headers = await _generate(request, server, body.inputs, body.given_parameters(), started_s)
+    return json_response(answer, headers)
+
+
+@routes.post("/generate_stream")
+async def generate_stream(request: web.Request) -> web.StreamResponse:
+    """One event per token."""
+    started_s = time.monotonic()
+    server = request.app[SERVER]
+    body = await parse(request, _generate_decoder)
+    return await _generate_stream(request, server, body.inputs, body.given_parameters(), started_s)
+
+
+@routes.post("/")
+async def compat_generate(request: web.Request) -> web.StreamResponse:
+    """Either; the whole prompt is returned too when the model is one for text generation, or of an unknown kind."""
+    started_s = time.monotonic()
+    server = request.app[SERVER]
+    body = await parse(request, _compat_decoder)
+    parameters = body.given_parameters()
+    if parameters.return_full_text is None:
+        parameters.return_full_text = server.config.model_pipeline_tag in (None, "text-generation")
+    if body.stream:
+        return await _generate_stream(request, server, body.inputs, parameters, started_s)
+    answer, headers = await _generate(request, server, body.inputs, parameters, started_s)
+    return json_response([answer], headers)
+
+
+async def _generate(
+    request: web.Request, server: Server, inputs: str, parameters: GenerateParameters, started_s: float
+) -> tuple[tgi.GenerateResponse, dict[str, str]]:
+    """The answer and its headers."""
+    server.metrics.request_count.inc()
+    copies = parameters.best_of or 1
+    async with server.infer.open([Prompt(inputs, parameters)], Rules(), started_s=started_s, copies=copies) as stream:
+        await stream.finish()
+        choices = stream.choices
+    best = max(choices, key=lambda choice: choice.mean_logprob)
+    before = inputs if parameters.return_full_text else ""
+    answer = tgi.GenerateResponse(generated_text=before + best.text)
+    if parameters.details or parameters.decoder_input_details:
+        answer.details = _details(server, best)
+        if copies > 1:
+            others = [choice for choice in choices if choice is not best]
+            answer.details.best_of_sequences = [_sequence(server, choice, before) for choice in others]
+    return answer, timing_headers(request, [best], started_s)
+
+
+def _details(server: Server, choice: Choice) -> tgi.Details:
+    details = tgi.Details(
+        finish_reason=_reason(choice),
+        generated_tokens=choice.num_tokens,
+        seed=choice.validated.seed,
+        prefill=_prefill(server, choice),
+        tokens=[tgi.Token(t.id, t.text, raw(t.logprob), t.special) for t in choice.tokens],
+    )
+    if choice.validated.request.top_n_tokens:
+        details.top_tokens = [_top_tokens(server, token) for token in choice.tokens]
+    return details
+
+
+def _sequence(server: Server, choice: Choice, before: str) -> tgi.BestOfSequence:
+    details = _details(server, choice)
+    return tgi.BestOfSequence(
+        generated_text=before + choice.text,
+        finish_reason=details.finish_reason,
+        generated_tokens=details.generated_tokens,
+        seed=details.seed,
+        prefill=details.prefill,
+        tokens=details.tokens,
+        top_tokens=details.top_tokens,
+    )
+
+
+def _reason(choice: Choice) -> tgi.FinishReasonName:
+    return choice.finished_for.value
+
+
+def _prefill(server: Server, choice: Choice) -> list[tgi.PrefillToken]:
+    """The prompt's tokens; nothing precedes the first, so its log-probability is null."""
+    if not choice.validated.request.prompt_logprobs:
+        return []
+    vocabulary = server.tokenizer.vocabulary
+    logprobs = [float("nan"), *choice.prompt_logprob_values]
+    return [
+        tgi.PrefillToken(token_id, vocabulary.text(token_id), raw(logprob))
+        for token_id, logprob in zip(choice.validated.request.token_ids, logprobs, strict=True)
+    ]
+
+
+def _top_tokens(server: Server, token: GeneratedToken) -> list[tgi.Token]:
+    vocabulary = server.tokenizer.vocabulary
+    return [
+        tgi.Token(token_id, vocabulary.text(token_id), raw(logprob), token_id in vocabulary.special_ids)
+        for token_id, logprob in token.top
+    ]
+
+
+async def _generate_stream(
+    request: web.Request, server: Server, inputs: str, parameters: GenerateParameters, started_s: float
+) -> web.StreamResponse:
+    """The status is 200 whatever happens: TGI's clients look for errors among the events."""
+    server.metrics.request_count.inc()
+    response = await sse.start(request, len(inputs))
+    try:
+        _check_streamable(server, parameters)
+        events = _Events(server, parameters, inputs if parameters.return_full_text else "")
+        async with server.infer.open(
+            [Prompt(inputs, parameters)], Rules(streaming=True), started_s=started_s
+        ) as stream:
+            await sse.pump(request, response, stream, events)
+    except ApiError as error:
+        return await sse.finish(response, sse.error_event(request, error))
+    return await sse.finish(response)
+
+
+def _check_streamable(server: Server, parameters: GenerateParameters) -> None:
+    if parameters.best_of not in (None, 1):
+        what, param = "`best_of` != 1", "best_of"
+    elif parameters.decoder_input_details:
+        what, param = "`decoder_input_details` == true", "decoder_input_details"
+    else:
+        return
+    server.metrics.request_failure.inc("validation")
+    raise ValidationError(f"{what} is not supported when streaming tokens", param=param)
+
+
+class _Events:
+    """Makes the events of one stream. Bytes are put together by hand: it happens once per token."""
+
+    def __init__(self, server: Server, parameters: GenerateParameters, before: str) -> None:
+        self._server = server
+        self._details = bool(parameters.details)
+        self._before = before
+        self._index = 0
+
+    def render(self, choice: Choice, token: GeneratedToken) -> bytes:
+        self._index += 1
+        text = details = b"null"
+        if token is choice.last_token:
+            text = _encode(self._before + choice.text)
+            details = self._stream_details(choice)
+        top = b""
+        if token.top:
+            top = b'"top_tokens":%b,' % _encode(_top_tokens(self._server, token))
+        return (
+            b'data: {"index":%d,"token":{"id":%d,"text":%b,"logprob":%b,"special":%b},%b'
+            b'"generated_text":%b,"details":%b}\n\n'
+        ) % (
+            self._index,
+            token.id,
+            _encode(token.text),
+            shortest(token.logprob).encode(),
+            b"true" if token.special else b"false",
+            top,
+            text,
+            details,
+        )
+
+    def last(self, choices: Sequence[Choice]) -> bytes:
+        return b""  # TGI's own streams just end
+
+    def _stream_details(self, choice: Choice) -> bytes:
+        if not self._details:
+            return b"null"
+        return _encode(
+            tgi.StreamDetails(
+                finish_reason=_reason(choice),
+                generated_tokens=choice.num_tokens,
+                seed=choice.validated.seed,
+                input_length=len(choice.validated.request.token_ids),
+            )
+        )

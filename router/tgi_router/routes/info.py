@@ -1,0 +1,72 @@
+"""What the server says about itself and its tokenizer: /, /health, /ping, /info, /metrics, /v1/models, /tokenize."""
+
+import msgspec
+from aiohttp import web
+
+from ..bodies import json_response, parse
+from ..errors import Unhealthy
+from ..metrics import CONTENT_TYPE
+from ..schemas import tgi
+from ..server import ROUTER_NAME, SERVER
+
+routes = web.RouteTableDef()
+
+_generate_decoder = msgspec.json.Decoder(tgi.GenerateRequest)
+
+
+@routes.get("/")
+@routes.get("/health")
+@routes.get("/ping")
+async def health(request: web.Request) -> web.Response:
+    """200 without a body while the server can serve, else 503."""
+    if not request.app[SERVER].healthy:
+        raise Unhealthy()
+    return web.Response()
+
+
+@routes.get("/info")
+async def info(request: web.Request) -> web.Response:
+    """The model and the limits."""
+    server = request.app[SERVER]
+    config, limits = server.config, server.infer.validator.limits
+    return json_response(
+        tgi.Info(
+            model_id=config.model_id,
+            model_sha=config.model_sha,
+            model_pipeline_tag=config.model_pipeline_tag,
+            max_concurrent_requests=config.max_concurrent_requests,
+            max_best_of=limits.max_best_of,
+            max_stop_sequences=limits.max_stop_sequences,
+            max_input_tokens=limits.max_input_tokens,
+            max_total_tokens=limits.max_total_tokens,
+            validation_workers=config.validation_workers,
+            max_client_batch_size=config.max_client_batch_size,
+            router=ROUTER_NAME,
+            version=server.version,
+            sha=None,
+            docker_label=None,
+        )
+    )
+
+
+@routes.get("/metrics")
+async def metrics(request: web.Request) -> web.Response:
+    """Prometheus text."""
+    return web.Response(body=request.app[SERVER].metrics.exposition().encode(), headers={"content-type": CONTENT_TYPE})
+
+
+@routes.get("/v1/models")
+async def models(request: web.Request) -> web.Response:
+    """The one model, in OpenAI's shape."""
+    model_id = request.app[SERVER].config.model_id
+    data = [{"id": model_id, "object": "model", "created": 0, "owned_by": model_id}]
+    return json_response({"object": "list", "data": data})
+
+
+@routes.post("/tokenize")
+async def tokenize(request: web.Request) -> web.Response:
+    """The prompt's tokens with their places; like TGI, no permit is needed and `truncate` plays no part."""
+    server = request.app[SERVER]
+    body = await parse(request, _generate_decoder)
+    tokens = await server.tokenizer.run(lambda: server.tokenizer.tokens(body.inputs, add_special_tokens=True))
+    return json_response([tgi.SimpleToken(token.id, token.text, token.start, token.stop) for token in tokens])

@@ -1,0 +1,179 @@
+"""Requests and responses of /v1/*: OpenAI's API with TGI's extra fields. `null` means absent everywhere.
+
+Sampling parameters are not listed here: they come from the table in parameters.py (`OpenAISampling`), decoded from the
+same body. A field that is known and not built yet is refused by name (`Unbuilt`), never ignored.
+"""
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from ..errors import ValidationError
+from ..parameters import U32
+
+FinishReasonName = Literal["stop", "length"]
+
+
+class StreamOptions(Struct, kw_only=True):
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class ResponseFormat(Struct, kw_only=True):
+    type: str
+
+
+class Unbuilt(Struct, kw_only=True):
+    """Fields that are part of the API and not built yet. A neutral value (absent, zero, empty) passes."""
+
+    presence_penalty: float | None = None
+    min_p: float | None = None
+    min_tokens: U32 | None = None
+    logit_bias: Any = None
+    response_format: ResponseFormat | None = None
+
+    def refuse(self) -> None:
+        """Raises ValidationError naming the first such field that asks for something."""
+        for name in ("presence_penalty", "min_p", "min_tokens", "logit_bias"):
+            value = getattr(self, name)
+            if value:
+                raise ValidationError(f"`{name}` is not supported yet. Given: {value}", param=name)
+        kind = self.response_format.type if self.response_format is not None else "text"
+        if kind != "text":
+            raise ValidationError(
+                f"`response_format` of type {kind!r} is not supported yet: only 'text' is", param="response_format"
+            )
+
+
+class Common(Unbuilt, kw_only=True):
+    """What chat and completions share."""
+
+    model: str | None = None
+    max_tokens: U32 | None = None
+    n: U32 | None = None
+    stop: str | list[str] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    ignore_eos: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    user: str | None = None
+
+    @property
+    def stops(self) -> list[str] | None:
+        return [self.stop] if isinstance(self.stop, str) else self.stop
+
+    @property
+    def include_usage(self) -> bool:
+        """A last chunk with the usage is wanted."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def continuous_usage(self) -> bool:
+        """Every chunk shall carry the usage so far."""
+        return self.stream_options is not None and bool(self.stream_options.continuous_usage_stats)
+
+
+class ChatRequest(Common, kw_only=True):
+    """Body of /v1/chat/completions. messages: as the chat template gets them; see routes/chat.py."""
+
+    messages: list[dict[str, Any]]
+    max_completion_tokens: U32 | None = None
+    logprobs: bool | None = None
+    top_logprobs: U32 | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: Any = None
+    tool_prompt: str | None = None
+    parallel_tool_calls: bool | None = None
+    functions: Any = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    documents: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class CompletionRequest(Common, kw_only=True):
+    """Body of /v1/completions. prompt: one or several, as text or as token ids."""
+
+    prompt: str | list[Any]
+    best_of: U32 | None = None
+    logprobs: U32 | None = None
+    echo: bool | None = None
+    suffix: str | None = None
+
+
+Logprob = Annotated[float, Meta(description="Natural logarithm; -9999.0 stands for minus infinity.")]
+
+
+class TopLogprob(Struct):
+    token: str
+    logprob: msgspec.Raw
+    bytes: list[int]
+
+
+class ChatLogprob(Struct):
+    token: str
+    logprob: msgspec.Raw
+    bytes: list[int]
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(Struct):
+    content: list[ChatLogprob]
+
+
+class CompletionLogprobs(Struct):
+    tokens: list[str]
+    token_logprobs: list[msgspec.Raw]
+    top_logprobs: list[dict[str, msgspec.Raw]]
+    text_offset: list[int]
+
+
+class PromptTokensDetails(Struct):
+    cached_tokens: int
+
+
+class Usage(Struct):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class Message(Struct):
+    role: str
+    content: str
+
+
+class ChatChoice(Struct):
+    index: int
+    message: Message
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReasonName
+
+
+class ChatCompletion(Struct):
+    object: str
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class CompletionChoice(Struct):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: FinishReasonName
+
+
+class Completion(Struct):
+    object: str
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[CompletionChoice]
+    usage: Usage

@@ -1,0 +1,40 @@
+"""What every route needs, in one object: built by cli.py when the shards are ready, kept in the aiohttp application."""
+
+from dataclasses import dataclass
+
+from aiohttp import web
+
+from .batcher import Batcher
+from .chat_template import ChatTemplate
+from .config import RouterConfig
+from .infer import Infer
+from .metrics import Metrics
+from .tokenizer import Tokenizer
+
+ROUTER_NAME = "text-generation-router"
+
+
+@dataclass(slots=True)
+class Server:
+    """One per process. `draining` is the only field that changes."""
+
+    config: RouterConfig
+    api_key: str | None
+    batcher: Batcher
+    infer: Infer
+    metrics: Metrics
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    version: str
+    draining: bool = False
+
+    @property
+    def healthy(self) -> bool:
+        return self.batcher.healthy and not self.draining
+
+    @property
+    def system_fingerprint(self) -> str:
+        return f"{self.version}-native"
+
+
+SERVER: web.AppKey[Server] = web.AppKey("server", Server)

@@ -1,0 +1,133 @@
+"""The model's tokenizer: text to ids on threads, ids to text through its vocabulary, and what its config file says.
+
+Reads `tokenizer.json` and `tokenizer_config.json` of the model's directory with the `tokenizers` library; never imports
+transformers. Encoding happens on `--validation-workers` threads (the library releases the interpreter lock), so a long
+prompt does not stop the event loop. Called by validation.py, /tokenize and, for its vocabulary, by infer.py.
+"""
+
+import asyncio
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tokenizers import Tokenizer as LibraryTokenizer
+
+from .detokenizer import Vocabulary
+from .errors import StartupError
+
+T = TypeVar("T")
+
+SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+@dataclass(frozen=True, slots=True)
+class TextToken:
+    """A token of a text. start, stop: byte offsets in the text's UTF-8; 0, 0 for tokens the tokenizer added."""
+
+    id: int
+    text: str
+    start: int
+    stop: int
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, {} when the file is not there. Raises StartupError when it is not a JSON object."""
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise StartupError(f"`{path.name}` of the model is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise StartupError(f"`{path.name}` of the model is not a JSON object")
+    return content
+
+
+def token_name(value: Any) -> str | None:
+    """The token in a field such as `bos_token`: a string, or an object with `content`."""
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) else None
+
+
+def special_names(config: dict[str, Any]) -> list[str]:
+    """Every token that a tokenizer_config.json names as special."""
+    extra = config.get("additional_special_tokens") or []
+    values = [config.get(name) for name in SPECIAL_NAMES] + (extra if isinstance(extra, list) else [])
+    return [name for value in values if (name := token_name(value)) is not None]
+
+
+class Tokenizer:
+    """One per server."""
+
+    def __init__(self, library: LibraryTokenizer, config: dict[str, Any], num_workers: int = 2) -> None:
+        """config: tokenizer_config.json. num_workers: threads that encode and render."""
+        library.no_truncation()
+        library.no_padding()
+        self._library = library
+        self.config = config
+        self.vocabulary = Vocabulary(library, special_names(config))
+        self._workers = ThreadPoolExecutor(num_workers, thread_name_prefix="validation")
+        vocabulary = library.get_vocab(with_added_tokens=True)
+        self._longest_token = max((len(token) for token in vocabulary), default=1)
+
+    @classmethod
+    def load(cls, model_dir: Path, config: dict[str, Any], num_workers: int) -> "Tokenizer":
+        """Reads tokenizer.json. Raises StartupError when there is none or it cannot be read."""
+        path = model_dir / "tokenizer.json"
+        if not path.is_file():
+            raise StartupError(
+                "The model has no `tokenizer.json`; models that only have a slow tokenizer are not supported yet."
+            )
+        try:
+            library = LibraryTokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exceptions
+            raise StartupError(f"`tokenizer.json` of the model cannot be read: {error}") from error
+        return cls(library, config, num_workers)
+
+    def eos_token_ids(self, named: Sequence[int]) -> frozenset[int]:
+        """Ids that end a generation: `named` by the model's own configuration, and the tokenizer's."""
+        name = token_name(self.config.get("eos_token"))
+        own = self._library.token_to_id(name) if name is not None else None
+        return frozenset(named) | ({own} if own is not None else frozenset())
+
+    def fewest_tokens(self, text: str) -> int:
+        """A number of tokens that `text` has at least, without tokenizing it; 0 when nothing can be said."""
+        if self._library.normalizer is not None:  # may make the text shorter by any factor
+            return 0
+        return len(text) // self._longest_token
+
+    async def run(self, function: Callable[[], T]) -> T:
+        """Runs `function` on one of the worker threads."""
+        return await asyncio.get_running_loop().run_in_executor(self._workers, function)
+
+    def close(self) -> None:
+        self._workers.shutdown(wait=False, cancel_futures=True)
+
+    # On a worker thread
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
+        """Ids of `text`."""
+        return tuple(self._library.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def tokens(self, text: str, *, add_special_tokens: bool) -> list[TextToken]:
+        """Tokens of `text` with their places, as /tokenize shows them."""
+        encoding = self._library.encode(text, add_special_tokens=add_special_tokens)
+        at_byte = _byte_offsets(text)
+        return [
+            TextToken(token_id, text[start:stop], at_byte(start), at_byte(stop))
+            for token_id, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True)
+        ]
+
+
+def _byte_offsets(text: str) -> Callable[[int], int]:
+    """Character offset -> byte offset in UTF-8."""
+    if text.isascii():
+        return lambda index: index
+    offsets = [0]
+    for character in text:
+        offsets.append(offsets[-1] + len(character.encode()))
+    return offsets.__getitem__

@@ -1,0 +1,126 @@
+"""A prompt and its parameters become a `ValidRequest`, or a ValidationError with TGI's sentence: parse, don't validate.
+
+Owns the order of the checks and everything that needs the prompt's length; what a single parameter may be stands in
+parameters.py. Called by infer.py after it has taken a permit.
+"""
+
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .errors import ValidationError
+from .parameters import U64_MAX, GenerateParameters, Limits, check, round_to_f32, to_proto
+from .request import ValidRequest
+from .tokenizer import Tokenizer
+
+# TGI generated in pieces of so many tokens; what it refused is still decided with it.
+_TGI_PIECE = 1024
+# Seeds of further choices lie this far apart (2^64 / golden ratio), so that no two of nearby seeds coincide.
+_SEED_STRIDE = 0x9E3779B97F4A7C15
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What a route made of its request.
+
+    text: the prompt, or a function that makes it (a chat template), which runs on a worker thread together with the
+    tokenizer. ids: tokens the client gave instead of a text.
+    """
+
+    text: str | Callable[[], str]
+    parameters: GenerateParameters
+    add_special_tokens: bool = True
+    ids: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Validated:
+    """A request that may be submitted, and what its answer needs. seed: None when decoding is greedy."""
+
+    request: ValidRequest
+    text: str  # the whole prompt, as tokenized before truncation
+    stop: tuple[str, ...]
+    seed: int | None
+
+
+class Validator:
+    """Holds the limits and the tokenizer."""
+
+    def __init__(self, tokenizer: Tokenizer, limits: Limits) -> None:
+        self._tokenizer = tokenizer
+        self.limits = limits
+
+    async def validate(self, prompt: Prompt, copies: int = 1) -> list[Validated]:
+        """`copies` requests that differ in their seeds. Raises ValidationError."""
+        parameters = prompt.parameters
+        round_to_f32(parameters)
+        check(parameters, self.limits, after_inputs=False)
+        if prompt.ids is None:
+            text, ids = await self._tokenizer.run(lambda: self._tokenize(prompt))
+        else:
+            check(parameters, self.limits, after_inputs=True)
+            text, ids = "", prompt.ids
+        if parameters.truncate is not None:
+            ids = ids[-parameters.truncate :]
+        if not ids:
+            raise ValidationError("`inputs` must have at least one token. Given: 0", param="inputs")
+        max_new_tokens = self._max_new_tokens(parameters, len(ids))
+        samples = parameters.samples
+        first_seed = 0
+        if samples:
+            first_seed = secrets.randbits(64) if parameters.seed is None else parameters.seed
+        seeds = [(first_seed + copy * _SEED_STRIDE) & U64_MAX if samples else 0 for copy in range(copies)]
+        return [
+            Validated(
+                ValidRequest(
+                    token_ids=ids,
+                    max_new_tokens=max_new_tokens,
+                    sampling=to_proto(parameters, seed),
+                    top_n_tokens=parameters.top_n_tokens or 0,
+                    prompt_logprobs=bool(parameters.decoder_input_details),
+                ),
+                text=text,
+                stop=tuple(parameters.stop or ()),
+                seed=seed if samples else None,
+            )
+            for seed in seeds
+        ]
+
+    def _tokenize(self, prompt: Prompt) -> tuple[str, tuple[int, ...]]:
+        """The prompt's text and tokens. On a worker thread."""
+        text = prompt.text() if callable(prompt.text) else prompt.text
+        if not text:
+            raise ValidationError("`inputs` cannot be empty", param="inputs")
+        check(prompt.parameters, self.limits, after_inputs=True)
+        if prompt.parameters.truncate is None:
+            self._refuse_endless(text)
+        return text, self._tokenizer.encode(text, add_special_tokens=prompt.add_special_tokens)
+
+    def _refuse_endless(self, text: str) -> None:
+        """Refuses what cannot fit by its number of characters alone, before any work is spent on it."""
+        fewest = self._tokenizer.fewest_tokens(text)
+        if fewest > self.limits.max_input_tokens:
+            raise _too_long(self.limits.max_input_tokens, f"at least {fewest}")
+
+    def _max_new_tokens(self, parameters: GenerateParameters, num_input_tokens: int) -> int:
+        """How many tokens to generate: what was asked for, at most what fits."""
+        total = self.limits.max_total_tokens
+        room = total - num_input_tokens
+        asked = parameters.max_new_tokens
+        piece = min(max(room, 0) if asked is None else asked, _TGI_PIECE)
+        if num_input_tokens + piece > total:
+            raise ValidationError(
+                f"`inputs` tokens + `max_new_tokens` must be <= {total}. Given: {num_input_tokens} `inputs` tokens "
+                f"and {piece} `max_new_tokens`. `--max-total-tokens` raises the limit",
+                param="max_new_tokens",
+            )
+        if num_input_tokens > self.limits.max_input_tokens:
+            raise _too_long(self.limits.max_input_tokens, str(num_input_tokens))
+        return room if asked is None else min(asked, room)
+
+
+def _too_long(limit: int, given: str) -> ValidationError:
+    return ValidationError(
+        f"`inputs` must have less than {limit} tokens. Given: {given}. `--max-input-tokens` raises the limit",
+        param="inputs",
+    )
