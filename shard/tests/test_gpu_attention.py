@@ -128,7 +128,8 @@ def dense(case: Case, spec: AttentionSpec) -> Tensor:
 
 def attend(case: Case, spec: AttentionSpec) -> Tensor:
     backend = TritonAttention()
-    assert backend.objections(spec, case.q.device, spec.dtype, case.batch.block_size) == []
+    if case.q.device.type == "cuda":  # on CPU the interpreter stands in, which nobody is served by
+        assert backend.objections(spec, case.q.device, spec.dtype, case.batch.block_size) == []
     plan = backend.plan(case.batch, [spec])
     return backend.forward(case.q, case.k, case.v, case.kv, case.batch, plan, spec)
 
@@ -398,8 +399,5 @@ def test_triton_says_what_it_misses(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "this GPU has 7.5" in gpu.objections(make_spec())[0]
 
 
-def test_triton_is_not_for_cpu_unless_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    import triton
-
-    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
-    assert "this one is cpu" in TritonAttention().objections(make_spec(), torch.device("cpu"), torch.float32, 16)[0]
+def test_triton_is_not_for_cpu() -> None:
+    assert "not on cpu" in TritonAttention().objections(make_spec(), torch.device("cpu"), torch.float32, 16)[0]

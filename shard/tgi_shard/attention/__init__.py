@@ -16,12 +16,11 @@ __all__ = ["BACKENDS", "AttentionBackend", "AttentionBatch", "AttentionSpec", "c
 
 logger = logging.getLogger(__name__)
 
-# name -> module and class, fastest first on each device. A module here imports nothing heavy; its class may, when it is
-# constructed. `cpu` goes before those for CUDA, so that a CPU host never imports triton only to be refused.
+# name -> module and class, fastest first. A module here imports nothing heavy; its class may, when it is constructed.
 BACKENDS = {
-    "cpu": "cpu:CpuAttention",
     "flash-attn": "flash_attn:FlashAttention",
     "triton": "triton:TritonAttention",
+    "cpu": "cpu:CpuAttention",
     "reference": "reference:ReferenceAttention",
 }
 

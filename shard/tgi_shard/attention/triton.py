@@ -141,11 +141,11 @@ def _layer_objections(spec: AttentionSpec, dtype: torch.dtype, block_size: int) 
 
 
 def _machine_objections(device: torch.device) -> list[str]:
-    """Asks without importing triton, except where only triton knows."""
+    """What this machine lacks."""
+    if device.type != "cuda":
+        return [f"it computes on CUDA devices, not on {device.type}"]
     if importlib.util.find_spec("triton") is None:
         return ["the package triton is not installed (it comes with torch for CUDA)"]
-    if device.type != "cuda":
-        return [] if _interpreting() else [f"Triton kernels run on CUDA devices; this one is {device}"]
     reasons = []
     capability = torch.cuda.get_device_capability(device)
     if capability < OLDEST_CAPABILITY:
@@ -160,13 +160,6 @@ def _machine_objections(device: torch.device) -> list[str]:
     elif not _python_header().exists():
         reasons.append(f"Triton builds its launcher against Python's C headers, and {_python_header()} is missing")
     return reasons
-
-
-def _interpreting() -> bool:
-    """True when Triton runs kernels in its interpreter (TRITON_INTERPRET=1)."""
-    from triton import knobs
-
-    return bool(knobs.runtime.interpret)
 
 
 def _c_compiler() -> bool:
