@@ -1,7 +1,7 @@
 """A shard without a model, for tests of the launcher: emits the events, binds its socket, ends as it is told.
 
-Behaviour comes from FAKE_SHARD, `WHAT[@rank][#n]` items separated by spaces; `#n` limits an item to the n-th start of that
-rank (counted in files under FAKE_DIR). `import:kill` acts in that phase, `ready:exit3` after it.
+Behaviour comes from FAKE_SHARD, `WHAT[@rank][#n]` items separated by spaces; `#n` limits an item to the n-th start of
+that rank (counted in files under FAKE_DIR). `import:kill` acts in that phase, `ready:exit3` after it.
 """
 
 import os

@@ -53,6 +53,7 @@ class ModelFacts:
     head_dim: int
     vocab_size: int
     quant_method: str | None
+    dtype: str | None  # what config.json says
     weights: Weights
 
 
@@ -72,6 +73,7 @@ def parse_config(config: Mapping[str, Any], weights: Weights) -> ModelFacts:
     heads = _first_int(text, "num_attention_heads", "n_head", "num_heads")
     quantization = config.get("quantization_config")
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    dtype = text.get("dtype") or text.get("torch_dtype")
     return ModelFacts(
         model_type=str(config.get("model_type", "unknown")),
         max_positions=_first_int(text, "max_position_embeddings", "max_seq_len", "n_positions") or None,
@@ -83,6 +85,7 @@ def parse_config(config: Mapping[str, Any], weights: Weights) -> ModelFacts:
         head_dim=_first_int(text, "head_dim") or (hidden // heads if heads else 0),
         vocab_size=_first_int(text, "vocab_size"),
         quant_method=None if method is None else str(method),
+        dtype=None if dtype is None else str(dtype),
         weights=weights,
     )
 

@@ -12,13 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from . import hub
+from .child_configs import ModelSource
 from .children import Programs, convert_command, download_command
 from .console import Console
 from .errors import ArgumentValidation, DownloadError
 from .explain import Death, Evidence, explain
 from .flags import Flags
 from .guard import Guard
-from .plan import ModelSource
 from .process import Child, Command, Exited, Record
 from .supervisor import Event, Signalled
 

@@ -10,7 +10,6 @@ import logging
 import signal
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import tgi_demo
 
 from . import children, console, gpu, preflight, resources
 from .checks import check_flags
+from .child_configs import Ambient, ModelSource
 from .children import Programs
 from .console import Console, LogLevels
 from .env_report import report
@@ -28,7 +28,8 @@ from .facts import read_model
 from .fetch import Fetcher
 from .flags import Flags
 from .guard import Guard, remove
-from .plan import Ambient, LaunchPlan, ModelSource, Resolved, make_plan, num_shards
+from .limits import Resolved
+from .plan import LaunchPlan, make_plan, num_shards
 from .process import Exited, Record
 from .resources import Machine
 from .supervisor import Settings, Signalled, Supervisor, peak_rss_bytes
@@ -54,7 +55,7 @@ def run(flags: Flags, environ: Mapping[str, str], commands: Programs = _DEFAULT_
     out = console.Console(sys.stdout, json_output=flags.json_output, color=console.wants_color(sys.stdout, environ))
     levels = console.parse_log_level(environ.get("LOG_LEVEL"))
     console.setup(out, levels.launcher)
-    launch = Launch(flags, environ, commands, out, levels, time.monotonic())
+    launch = Launch(flags, environ, commands, out, levels, resources.process_start_s())
     if levels.not_understood:
         _log.warning("LOG_LEVEL: %s not understood; known are debug, info, warn, error", list(levels.not_understood))
     for notice in check_flags(flags, environ):
@@ -62,7 +63,7 @@ def run(flags: Flags, environ: Mapping[str, str], commands: Programs = _DEFAULT_
     machine = survey(environ)
     if flags.env:
         _log.info("%s", report(machine, environ))
-    world_size, _ = num_shards(flags, machine.device_count)
+    world_size = num_shards(flags, machine.device_count).value
     preflight.check_ports(flags)
     preflight.check_master_port(flags, world_size)
     for warning in preflight.machine_warnings(world_size, "cuda" if machine.gpus else "cpu"):

@@ -7,6 +7,7 @@ the numbers as a `Machine`; `explain` gets them as evidence after a death.
 import os
 import resource
 import socket
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,6 +123,16 @@ def usable_cores(root: Path = Path("/")) -> int:
         if limits[0] is not None and limits[0] > 0:
             cores = min(cores, limits[0] / limits[1])
     return max(1, int(cores))
+
+
+def process_start_s() -> float:
+    """When this process was started, on the clock of time.monotonic(); in steps of the kernel's tick (10 ms)."""
+    try:
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        age_s = time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError, IndexError, ValueError):
+        return time.monotonic()
+    return time.monotonic() - max(0.0, age_s)
 
 
 def shm_bytes(path: str = "/dev/shm") -> int | None:
