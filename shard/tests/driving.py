@@ -1,11 +1,19 @@
-"""For the shard's tests: tiny random models on disk, engines on them, and a driver that plays the router."""
+"""For the shard's tests: tiny random models, engines on them, shard processes, and a driver that plays the router."""
 
 import dataclasses
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import grpc
+import pytest
 import torch
+from tgi_proto import channel, logs, service
 from tgi_proto import generate_pb2 as pb
+from tgi_proto.argv import to_argv
 from tgi_shard import warmup
 from tgi_shard.config import ShardConfig
 from tgi_shard.engine import Engine
@@ -19,6 +27,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 BLOCK_SIZE = 4
 NUM_BLOCKS = 64
 VOCAB = 301
+CPU = torch.device("cpu")
 
 Step = Callable[[list[pb.Admission], pb.StepPlan], pb.StepResponse]
 
@@ -44,9 +53,9 @@ def save_tiny_llama(directory: Path, **overrides: object) -> Path:
     return directory
 
 
-def load_tiny(directory: Path) -> Decoder:
+def load_tiny(directory: Path, device: torch.device = CPU) -> Decoder:
     config = ShardConfig(model_dir=str(directory), model_id="tiny", block_size=BLOCK_SIZE)
-    return load_model(config, Parallel.single(), torch.device("cpu"), torch.float32, lambda done, total: None)
+    return load_model(config, Parallel.single(), device, torch.float32, lambda done, total: None)
 
 
 def make_engine(model: Decoder, faults: str | None = None, num_blocks: int = NUM_BLOCKS, **shape: int) -> Engine:
@@ -61,7 +70,7 @@ def make_shape(model: Decoder, max_rows: int = 16, max_step_tokens: int = 256) -
         max_total_tokens=model.max_positions,
         vocab_size=model.vocab_size,
         hidden_size=model.spec.hidden,
-        device=torch.device("cpu"),
+        device=model.device,
         watermark_gamma=0.5,
         watermark_delta=2.0,
     )
@@ -193,3 +202,100 @@ class Driver:
             top_n_tokens=live.top_n,
             prompt_logprobs=live.prompt_logprobs_wanted,
         )
+
+
+class ShardGroup:
+    """Real shard processes on a model directory, started as the launcher does and spoken to over gRPC."""
+
+    def __init__(self, model_dir: Path, socket_dir: Path, world_size: int = 1, **fields: object) -> None:
+        self.uds_path = str(socket_dir / "shard")
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        values = {"max_step_tokens": 256, "max_rows": 16, "block_size": BLOCK_SIZE, "num_threads": 1}
+        values |= {"master_port": port, "master_addr": "127.0.0.1", "max_kv_tokens": NUM_BLOCKS * BLOCK_SIZE} | fields
+        self.ranks = []
+        for rank in range(world_size):
+            config = ShardConfig(
+                model_dir=str(model_dir),
+                model_id="tiny",
+                uds_path=self.uds_path,
+                rank=rank,
+                world_size=world_size,
+                **values,
+            )
+            self.ranks.append(ShardProcess(["serve", *to_argv(config)], channel.address(self.uds_path, rank)))
+
+    def __enter__(self) -> "ShardGroup":
+        for rank in self.ranks:
+            rank.wait_ready()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for rank in self.ranks:
+            rank.close()
+
+    def step(self, admissions: list[pb.Admission], plan: pb.StepPlan) -> pb.StepResponse:
+        """Sends the step to every rank; all have to agree. Returns rank 0's answer."""
+        method = "Prefill" if admissions else "Decode"
+        request = pb.PrefillRequest(admissions=admissions, plan=plan) if admissions else pb.DecodeRequest(plan=plan)
+        calls = [rank.start(method, request) for rank in self.ranks]
+        responses = [call.result() for call in calls]
+        assert len({response.digest for response in responses}) == 1
+        assert all(not response.generations for response in responses[1:])
+        assert all(response.errors == responses[0].errors for response in responses)
+        return responses[0]
+
+
+class ShardProcess:
+    """One `text-generation-server`, its log records and its channel."""
+
+    def __init__(self, argv: list[str], address: str) -> None:
+        command = [sys.executable, "-c", "from tgi_shard.cli import main; main()", *argv]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.records: list[dict[str, Any]] = []
+        self._channel = grpc.insecure_channel(address, options=channel.CHANNEL_OPTIONS)
+
+    def wait_ready(self) -> None:
+        """Reads its log up to the `ready` event."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self._record(line)
+            if self.records[-1].get("phase") == "ready":
+                return
+        pytest.fail(f"the shard ended at start:\n{self.log}")
+
+    def _record(self, line: str) -> None:
+        record = logs.parse(line)
+        assert record is not None, f"not a log record: {line}"
+        self.records.append(record)
+
+    @property
+    def log(self) -> str:
+        return "\n".join(record["message"] for record in self.records)
+
+    @property
+    def phases(self) -> list[str]:
+        return [record["phase"] for record in self.records if record.get("event") == "phase"]
+
+    def start(self, method: str, request: Any) -> Any:
+        """Begins a call; `.result()` waits for its answer."""
+        response_type = service.METHODS[method][1]
+        path = f"/{service.SERVICE}/{method}"
+        call = self._channel.unary_unary(path, type(request).SerializeToString, response_type.FromString)
+        return call.future(request, timeout=60, wait_for_ready=True)
+
+    def call(self, method: str, request: Any) -> Any:
+        return self.start(method, request).result()
+
+    def wait(self) -> int:
+        """Its exit status, with the rest of its log read."""
+        stdout, _ = self.process.communicate(timeout=60)
+        for line in stdout.splitlines():
+            self._record(line)
+        return self.process.returncode
+
+    def close(self) -> None:
+        self._channel.close()
+        if self.process.poll() is None:
+            self.process.terminate()
+            self.wait()

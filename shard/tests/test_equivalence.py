@@ -20,8 +20,8 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def model(model_dir: Path) -> Decoder:
-    return driving.load_tiny(model_dir)
+def model(model_dir: Path, device: torch.device) -> Decoder:
+    return driving.load_tiny(model_dir, device)
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:

@@ -102,6 +102,8 @@ class ShardServer:
         self._engine = engine
         self._info = info
         self._thread = thread
+        self._next_step = 1
+        self._early: dict[int, asyncio.Future[None]] = {}  # step → to be resolved when it is its turn
 
     def behaviours(self) -> dict[str, Any]:
         """For tgi_proto.service.handlers."""
@@ -120,6 +122,10 @@ class ShardServer:
         return pb.HealthResponse()
 
     async def reset(self, request: pb.ResetRequest, context: Any) -> pb.ResetResponse:
+        self._next_step = 1
+        for turn in self._early.values():
+            _finish(turn, None, StepOrder("a reset came before the steps that this one follows"))
+        self._early.clear()
         await self._run(self._engine.reset, context)
         return pb.ResetResponse()
 
@@ -131,9 +137,29 @@ class ShardServer:
 
     async def _step(self, admissions: list[pb.Admission], plan: pb.StepPlan, context: Any) -> pb.StepResponse:
         started = time.perf_counter_ns()
+        await self._wait_for_turn(plan.step, context)
         response: pb.StepResponse = await self._run(lambda: self._engine.step(admissions, plan), context)
         response.total_ns = time.perf_counter_ns() - started
         return response
+
+    async def _wait_for_turn(self, step: int, context: Any) -> None:
+        """Puts calls in the order of their steps: a small one can overtake a large one on the way through HTTP/2."""
+        ahead = step - self._next_step
+        if not 0 <= ahead < max(self._info.max_steps_in_flight, 1) or step in self._early:
+            text = f"step {step} came, step {self._next_step} is next"
+            await context.abort(grpc.StatusCode.INTERNAL, text)
+        if ahead:
+            turn = asyncio.get_running_loop().create_future()
+            self._early[step] = turn
+            try:
+                await turn
+            except StepOrder as error:
+                await context.abort(grpc.StatusCode.INTERNAL, one_line(error))
+        # Between here and `submit` nothing is awaited, so the next step cannot slip in.
+        self._next_step = step + 1
+        follower = self._early.pop(self._next_step, None)
+        if follower is not None and not follower.done():
+            follower.set_result(None)
 
     async def _run(self, work: Callable[[], Any], context: Any) -> Any:
         try:

@@ -44,7 +44,9 @@ class Chunk:
     start: int
     length: int
     past: list[Piece]  # seen by every query; for a single query it includes the query's own position
-    edge: list[tuple[Piece, Tensor]]  # the oldest positions any query sees; mask [length, piece's length], 0 or -inf
+    # The oldest positions that any query sees, with the mask [length, piece's length] of 0 and -inf. One piece, because
+    # a query that sees nothing of a piece has no log-sum-exp in torch's kernel.
+    edge: tuple[Piece, Tensor] | None
 
 
 class CpuAttention:
@@ -144,7 +146,8 @@ def _attend_chunk(q: Tensor, k: Tensor, v: Tensor, chunk: Chunk, pool: _Pool) ->
         for piece in chunk.past:
             out, lse = _attend(rows, piece, pool)
             partials.append((out.view(heads_first.shape), lse.view(heads_first.shape[:-1])))
-    for piece, mask in chunk.edge:
+    if chunk.edge is not None:
+        piece, mask = chunk.edge
         keys, values = pool.read(piece)
         partials.append(_flash(heads_first, shared(keys[0]), shared(values[0]), attn_mask=mask, scale=pool.scale))
     return _merge(partials).permute(2, 0, 1, 3)
@@ -167,21 +170,25 @@ def _plan_chunk(batch: AttentionBatch, request: int, row: int, position: int, le
     end = position + length
     visible_to_all = 0 if window is None else max(0, end - window)
     if length == 1:
-        return Chunk(row, 1, _pieces(batch, request, visible_to_all, end), [])
+        return Chunk(row, 1, _pieces(batch, request, visible_to_all, end), None)
     if visible_to_all == 0 or window is None:
-        return Chunk(row, length, _pieces(batch, request, 0, position), [])
-    # The edge takes one key that all queries see: a row without any key has no log-sum-exp in torch's kernel.
+        return Chunk(row, length, _pieces(batch, request, 0, position), None)
+    # The edge takes one position that all queries see, so that each sees some of it.
     oldest = position - window + 1
     first = max(0, oldest)
     hidden = torch.ones(length, length, dtype=torch.bool).tril_(-1)[
         :, first - oldest :
     ]  # query i sees keys oldest+i ...
     mask = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
-    edge, column = [], 0
-    for piece in _pieces(batch, request, first, visible_to_all + 1):
-        edge.append((piece, mask[:, column : column + piece.length]))
-        column += piece.length
-    return Chunk(row, length, _pieces(batch, request, visible_to_all + 1, position), edge)
+    edge = _gathered(batch, request, first, visible_to_all + 1)
+    return Chunk(row, length, _pieces(batch, request, visible_to_all + 1, position), (edge, mask))
+
+
+def _gathered(batch: AttentionBatch, request: int, begin: int, end: int) -> Piece:
+    """Positions begin .. end-1, not empty, as one piece."""
+    size = batch.block_size
+    blocks = batch.block_table[request, begin // size : -(-end // size)]
+    return Piece(begin % size, end - begin, blocks)
 
 
 def _pieces(batch: AttentionBatch, request: int, begin: int, end: int) -> list[Piece]:
@@ -197,9 +204,7 @@ def _pieces(batch: AttentionBatch, request: int, begin: int, end: int) -> list[P
         nonlocal pending
         while pending < stop:
             block_end = min(stop, pending + max(1, GATHER_TOKENS // size))
-            low, high = max(begin, pending * size), min(end, block_end * size)
-            blocks = batch.block_table[request, pending:block_end]
-            pieces.append(Piece(low - pending * size, high - low, blocks))
+            pieces.append(_gathered(batch, request, max(begin, pending * size), min(end, block_end * size)))
             pending = block_end
 
     block = pending

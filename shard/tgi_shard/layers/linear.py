@@ -1,7 +1,7 @@
 """Matrix products with loaded weights: THE seam for native kernels and quantization.
 
 A `LinearMethod` knows how to read one matrix of the checkpoint, split for tensor parallelism, and returns a `Matmul`
-that applies it. Quantization formats are other LinearMethods; faster kernels for plain weights are other Matmuls, chosen
+that applies it. Quantization formats are other LinearMethods; faster kernels for plain weights other Matmuls, chosen
 in `make_matmul`. The split is made per part and before parts are stacked; each bias is read, and added, once.
 """
 

@@ -162,7 +162,7 @@ class Sampler:
         z: Tensor,
         ids: Tensor | None,
     ) -> None:
-        """Stores rows `index`: tokens `chosen`. z `[n, K]`: logits of tokens `ids` (None: column = id), norm: logsumexp."""
+        """Stores rows `index`: token `chosen`. z `[n, K]`: of tokens `ids` (None: column = id); norm logsumexp."""
         column = chosen.unsqueeze(1) if ids is None else (ids == chosen.unsqueeze(1)).int().argmax(-1, keepdim=True)
         logprob = z.gather(1, column).squeeze(1) - norm
         (where,) = upload([index], z.device)
