@@ -113,29 +113,29 @@ def reference_greedy(model: Any, ids: list[int], count: int) -> list[int]:
 
 
 def close(got: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(got.cpu(), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_logits_of_a_prompt_are_those_of_transformers(pair: tuple[Any, Path]) -> None:
+def test_logits_of_a_prompt_are_those_of_transformers(pair: tuple[Any, Path], device: torch.device) -> None:
     model, directory = pair
     ids = prompt(30)
     expected = reference_logits(model, ids)
     assert expected.std() > 0.1  # the model says something
-    decoder = load(directory)
+    decoder = load(directory, device=device)
     close(Driver(decoder).prompt("whole", ids), expected)
     close(Driver(decoder, scattered=True).prompt("chunks", ids, chunk=7), expected)
     close(Driver(decoder).prompt("one by one", ids, chunk=1), expected)
 
 
-def test_greedy_tokens_are_those_of_transformers(pair: tuple[Any, Path]) -> None:
+def test_greedy_tokens_are_those_of_transformers(pair: tuple[Any, Path], device: torch.device) -> None:
     model, directory = pair
     ids = prompt(21, seed=1)
-    assert Driver(load(directory)).greedy("a", ids, 24) == reference_greedy(model, ids, 24)
+    assert Driver(load(directory, device=device)).greedy("a", ids, 24) == reference_greedy(model, ids, 24)
 
 
-def test_a_request_in_a_crowd_computes_what_it_computes_alone(pair: tuple[Any, Path]) -> None:
+def test_a_request_in_a_crowd_computes_what_it_computes_alone(pair: tuple[Any, Path], device: torch.device) -> None:
     model, directory = pair
-    driver = Driver(load(directory), scattered=True)
+    driver = Driver(load(directory, device=device), scattered=True)
     prompts = {str(length): prompt(length, seed=length) for length in (1, 3, 8, 13, 30)}
     expected = {name: reference_logits(model, ids) for name, ids in prompts.items()}
     got: dict[str, list[torch.Tensor]] = {name: [] for name in prompts}
