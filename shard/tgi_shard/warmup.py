@@ -68,8 +68,9 @@ def build_engine(model: Model, shape: Shape, num_blocks: int, faults: Faults, ra
 def measure(model: Model, shape: Shape, rank: int) -> int:
     """Bytes a step may need beside weights and KV: measured on CUDA, estimated on CPU. Runs two steps."""
     on_cuda = shape.device.type == "cuda"
-    num_rows = min(shape.max_rows, shape.max_step_tokens) if on_cuda else 2
-    num_tokens = min(shape.max_step_tokens // num_rows if on_cuda else 8, shape.max_total_tokens - 1)
+    num_rows = min(shape.max_rows, shape.max_step_tokens, shape.max_rows if on_cuda else 2)
+    most_tokens = shape.max_step_tokens if on_cuda else 8
+    num_tokens = max(1, min(most_tokens, shape.max_step_tokens // num_rows, shape.max_total_tokens - 1))
     # All rows write into the same blocks: the values mean nothing here.
     engine = build_engine(model, shape, shape.blocks_for(num_tokens + 1), Faults(), rank)
     if on_cuda:
