@@ -9,13 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
-
 from tgi_shard.attention.base import AttentionBatch
 from tgi_shard.config import ShardConfig
 from tgi_shard.models import Decoder, load_model
 from tgi_shard.parallel import Parallel
 from tgi_shard.step import StepInput
+from torch import Tensor
 
 CPU = torch.device("cpu")
 
@@ -96,9 +95,13 @@ class Driver:
         with torch.inference_mode():
             plan = self.decoder.backend.plan(batch, list(dict.fromkeys(self.decoder.attention_specs)))
             step = StepInput(torch.tensor(ids, device=device), torch.tensor(positions, device=device), batch, plan)
-            logits = self.decoder.logits(self.decoder.forward(step, self.kv))
+            logits = self.forward(step)
         self._computed.update(zip(names, context, strict=True))
-        return dict(zip(names, logits.split(query), strict=True))
+        return dict(zip(names, torch.split(logits, query), strict=True))
+
+    def forward(self, step: StepInput) -> Tensor:
+        """Logits `[T, V]`."""
+        return self.decoder.logits(self.decoder.forward(step, self.kv))
 
     def prompt(self, name: str, ids: Sequence[int], *, chunk: int | None = None) -> Tensor:
         """Logits `[len(ids), V]` of one request's prompt, computed at once or in chunks."""

@@ -77,9 +77,9 @@ class Parallel:
         """`[..., n]` of every rank → `[..., world_size * n]` in rank order."""
         if self._distributed is None:
             return x
-        parts = x.new_empty((self.world_size, *x.shape))
+        parts = x.new_empty((self.world_size * x.shape[0], *x.shape[1:]))
         self._distributed.all_gather_into_tensor(parts, x.contiguous())
-        return parts.movedim(0, -2).flatten(-2)
+        return parts.view(self.world_size, *x.shape).movedim(0, -2).flatten(-2)
 
     def min_int(self, value: int) -> int:
         """The smallest `value` over the ranks."""
