@@ -144,7 +144,8 @@ def _kv_pool(
         limit = Limit(affordable, f"memory; {asked} ({flags.reason(name)}) would not fit")
         return limit, limit.row(name), (f"`{name}` was reduced from {asked} to {affordable} to fit {device.reason}",)
     context = flags.max_total_tokens or facts.max_positions or 4096
-    share = Limit(max(MIN_KV_TOKENS, int(affordable * CPU_KV_SHARE)), "half of the free memory")
+    least = flags.max_total_tokens or MIN_KV_TOKENS
+    share = Limit(max(least, int(affordable * CPU_KV_SHARE)), "half of the free memory")
     limit = min(Limit(rows * context, "every request at full length"), share, key=lambda limit: limit.value)
     return limit, limit.row(name), ()
 
