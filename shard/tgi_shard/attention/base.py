@@ -63,7 +63,14 @@ class AttentionBackend(Protocol):
         """Work shared by all layers of a step (index tensors, tile lists). `specs`: the distinct specs of the model."""
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, kv: tuple[Tensor, Tensor], batch: AttentionBatch, plan: Any, spec: AttentionSpec
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        kv: tuple[Tensor, Tensor],
+        batch: AttentionBatch,
+        plan: Any,
+        spec: AttentionSpec,
     ) -> Tensor:
         """Writes k, v `[T, K, D]` (rope applied) into kv at batch.slots, then attends.
 
