@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _logged(command: _Command, args: argparse.Namespace, target: str, level: str, fields: dict[str, Any]) -> int:
     """Runs a command with JSON logs; an exception becomes its one-line cause, the traceback and status 1."""
-    logger = logs.setup(target, level.upper(), **fields)
+    logger = logs.setup(target, level.upper(), stream=sys.stdout, **fields)
     faulthandler.enable()
     try:
         return command(args, logger)
