@@ -54,11 +54,10 @@ def test_openai_chat_and_its_stream_agree(client: openai.OpenAI) -> None:
 
 def test_openai_stream_helper_accumulates(client: openai.OpenAI) -> None:
     with client.chat.completions.stream(model="tgi", messages=MESSAGES, temperature=0, max_tokens=8) as stream:
-        for _event in stream:
-            pass
-        message = stream.get_final_completion().choices[0].message
+        text = "".join([event.delta for event in stream if event.type == "content.delta"])
+        message = stream.current_completion_snapshot.choices[0].message
     assert message.role == "assistant"
-    assert message.content
+    assert message.content == text != ""
 
 
 def test_openai_completions_and_their_stream_agree(client: openai.OpenAI) -> None:
@@ -121,8 +120,8 @@ def test_hub_text_generation(hub: InferenceClient, server: Server) -> None:
 
 
 def test_hub_text_generation_with_details(hub: InferenceClient) -> None:
-    parameters: Json = {"max_new_tokens": 6, "details": True, "top_n_tokens": 2}
-    answer: Any = hub.text_generation(PROMPT, decoder_input_details=True, return_full_text=False, **parameters)
+    parameters: Json = {"max_new_tokens": 6, "details": True, "top_n_tokens": 2, "return_full_text": False}
+    answer: Any = hub.text_generation(PROMPT, decoder_input_details=True, **parameters)
     assert answer.details is not None
     assert answer.details.prefill[0].logprob is None
     assert len(answer.details.tokens) == answer.details.generated_tokens
@@ -150,10 +149,11 @@ def test_hub_raises_its_typed_errors(hub: InferenceClient) -> None:
 def test_hub_raises_for_overload(launch: Any) -> None:
     server = launch("--max-concurrent-requests", "1")
     hub = InferenceClient(server.url)
-    long = iter(hub.text_generation(PROMPT, max_new_tokens=1500, temperature=1.5, do_sample=True, stream=True))
+    long: Any = hub.text_generation(PROMPT, max_new_tokens=1500, temperature=1.5, do_sample=True, stream=True)
     next(long)
     with pytest.raises(OverloadedError):
         list(hub.text_generation(PROMPT, stream=True))
+    long.close()
     server.stop()
 
 
@@ -202,14 +202,13 @@ def test_the_old_client_streams(old_client: Json) -> None:
 def test_the_old_client_reads_every_detail(old_client: Json) -> None:
     details = old_client["all"]["details"]
     assert len(details["best_of_sequences"]) == 1
-    assert all(len(top) >= 2 for top in details["top_tokens"])
+    assert len(details["top_tokens"]) == len(details["tokens"])
     assert old_client["all"]["generated_text"].startswith(PROMPT)
 
 
 def test_the_old_client_chats(old_client: Json) -> None:
-    text = old_client["chat"]["choices"][0]["message"]["content"]
-    assert text
-    assert "".join(c["choices"][0]["delta"]["content"] or "" for c in old_client["chat_stream"]) == text
+    assert old_client["chat"]["choices"][0]["message"]["content"]
+    assert old_client["chat"]["usage"]["completion_tokens"] <= 8
 
 
 def test_the_old_client_raises_its_own_errors(old_client: Json) -> None:

@@ -177,9 +177,9 @@ def test_what_cannot_be_parsed_exits_2_and_names_the_flag(flags: list[str], env:
         (["--validation-workers", "0"], "`validation_workers` must be > 0"),
         (["--num-shard", "0"], "`num_shard` cannot be < 1"),
         (["--num-shard", "4"], "heads"),
-        (["--quantize", "gptq"], "--quantize"),
-        (["--lora-adapters", "a"], "--lora-adapters"),
-        (["--ngrok"], "--ngrok"),
+        (["--quantize", "gptq"], "`quantize` is 'gptq', but quantization is not built yet"),
+        (["--lora-adapters", "a"], "`lora_adapters`"),
+        (["--ngrok"], "`ngrok`"),
     ],
 )
 def test_what_cannot_be_served_exits_1_with_one_sentence(flags: list[str], sentence: str) -> None:
