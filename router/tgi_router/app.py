@@ -6,7 +6,6 @@ route is a file in routes/ and a line in `build`. Called by cli.py and by tests.
 
 import asyncio
 import hmac
-import logging
 import re
 import uuid
 from collections.abc import Awaitable, Callable
@@ -14,11 +13,9 @@ from collections.abc import Awaitable, Callable
 from aiohttp import web
 
 from .bodies import error_response
-from .errors import ApiError, Bug, InternalError, PayloadTooLarge, ShuttingDown, Unauthorized
+from .errors import ApiError, PayloadTooLarge, ShuttingDown, Unauthorized, presentable
 from .routes import chat, completions, generate, info
 from .server import SERVER, Server
-
-logger = logging.getLogger(__name__)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -56,19 +53,17 @@ async def _around_every_request(request: web.Request, handler: Handler) -> web.S
         if server.draining and request.method == "POST":
             raise ShuttingDown()
         return await handler(request)
-    except ApiError as error:
-        return _refusal(request, server, error)
     except web.HTTPRequestEntityTooLarge:
         return _refusal(request, server, PayloadTooLarge(server.config.payload_limit))
     except web.HTTPException as error:  # no such path or method: TGI answers without a body
         headers = {"allow": error.headers["Allow"]} if "Allow" in error.headers else {}
         return web.Response(status=error.status, headers=headers)
-    except (ConnectionError, asyncio.CancelledError):
-        raise  # the client has left
+    except asyncio.CancelledError:
+        raise
+    except ConnectionError:  # the client has left; aiohttp notices when it tries to send this
+        return web.Response(status=499)
     except Exception as error:
-        kind = "A bug" if isinstance(error, Bug) else "An unexpected error"
-        logger.exception("%s in %s %s", kind, request.method, request.path)
-        return _refusal(request, server, InternalError())
+        return _refusal(request, server, presentable(error))
 
 
 def _refusal(request: web.Request, server: Server, error: ApiError) -> web.Response:

@@ -63,7 +63,7 @@ async def serve(config: RouterConfig) -> None:
         loop.add_signal_handler(number, stop.set)
     metrics = Metrics()
     batcher = Batcher(config, metrics)
-    starting = asyncio.create_task(_start(config, batcher, metrics))
+    starting = asyncio.create_task(start(config, batcher, metrics))
     stopping = asyncio.create_task(stop.wait())
     try:
         await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
@@ -82,7 +82,7 @@ async def serve(config: RouterConfig) -> None:
         await batcher.stop()
 
 
-async def _start(config: RouterConfig, batcher: Batcher, metrics: Metrics) -> Server:
+async def start(config: RouterConfig, batcher: Batcher, metrics: Metrics) -> Server:
     """Everything that must be there before the port is bound. The tokenizer loads while the shards do."""
     api_key = _read_api_key(config.api_key_file)
     (tokenizer, template), _ = await asyncio.gather(asyncio.to_thread(_load_texts, config), batcher.start())

@@ -5,7 +5,10 @@ to the client as it is, so it names the parameter in backticks, the value, the l
 and never a path, an address or a traceback. `Bug` is for our own mistakes and shows the client nothing.
 """
 
+import logging
 from typing import ClassVar, Literal
+
+logger = logging.getLogger(__name__)
 
 FailureLabel = Literal["validation", "overloaded", "template", "incomplete", "generation", "dropped"]
 
@@ -226,3 +229,11 @@ class InternalError(ApiError):
 
 class StartupError(Exception):
     """The router cannot start with this configuration and model: one sentence for the operator, exit code 1."""
+
+
+def presentable(error: Exception) -> ApiError:
+    """`error` as its client may see it. What is no ApiError is our mistake: it is logged with its traceback."""
+    if isinstance(error, ApiError):
+        return error
+    logger.error("%s", "A bug" if isinstance(error, Bug) else "An unexpected error", exc_info=error)
+    return InternalError()

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from .batcher import Batcher
 from .errors import ApiError, Bug, Overloaded
 from .stream import Choice, Rules, Shared, Stream
-from .validation import Prompt, Validator
+from .validation import Prompt, Validator, check_streamable
 
 logger = logging.getLogger(__name__)
 
@@ -62,13 +62,16 @@ class Infer:
         self, prompts: Sequence[Prompt], rules: Rules, *, started_s: float, copies: int = 1
     ) -> AsyncIterator[Stream]:
         """Yields `copies` choices for each prompt, prompt 0's first. Raises ApiError, also from the stream."""
-        stream = Stream(streaming=rules.streaming)
+        stream = Stream(streaming=rules.streaming, copies=copies)
         try:
+            if rules.streaming:
+                for prompt in prompts:
+                    check_streamable(prompt.parameters)
             with self._permits(len(prompts) * copies):
                 try:
                     await self._submit(stream, prompts, rules, copies)
                     yield stream
-                    self._account(stream, started_s, copies)
+                    self._account(stream, started_s)
                 finally:
                     self._cancel(stream)
         except (asyncio.CancelledError, ConnectionError):
@@ -118,10 +121,10 @@ class Infer:
             self.shared.metrics.request_failure.inc(error.failure)
         logger.log(logging.ERROR if error.status >= 500 or error.status == 424 else logging.INFO, "%s", error.message)
 
-    def _account(self, stream: Stream, started_s: float, copies: int) -> None:
+    def _account(self, stream: Stream, started_s: float) -> None:
         """Metrics and the log line of every prompt; of several copies the first stands for all, as in TGI."""
         metrics = self.shared.metrics
-        for choice in stream.choices[::copies]:
+        for choice in stream.first_choices:
             if choice.finish_reason is None:
                 raise Bug("a handler has left before its choices were over. This is a bug.")
             times = Timings.of(choice, started_s)

@@ -243,15 +243,18 @@ OpenAISampling: type[msgspec.Struct] = msgspec.defstruct(
 )
 
 
-def from_openai(sampling: msgspec.Struct, **others: Any) -> GenerateParameters:
+def from_openai(sampling: msgspec.Struct, limits: Limits, **others: Any) -> GenerateParameters:
     """The parameters an OpenAI request asks for. others: what its route derives itself (max_new_tokens, stop, ...).
 
-    Temperature 0 is greedy; without a temperature OpenAI's routes sample.
+    Temperature 0 is greedy, whatever the other filters are (which must be right all the same: ValidationError);
+    without a temperature OpenAI's routes sample.
     """
     values = {name: getattr(sampling, row.openai) for name, row in ROWS.items() if row.openai is not None}
     greedy = values["temperature"] == 0
     if greedy:
-        for name in ("temperature", "top_k", "top_p", "typical_p"):
+        values["temperature"] = None
+        check(GenerateParameters(**values), limits, after_inputs=False)
+        for name in ("top_k", "top_p", "typical_p"):
             values[name] = None
     return GenerateParameters(do_sample=not greedy, **values, **others)
 

@@ -3,6 +3,7 @@
 What the events say is the routes' business: they give the bytes. Called by routes/*.
 """
 
+import asyncio
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
@@ -11,15 +12,16 @@ import msgspec
 from aiohttp import web
 
 from .bodies import compute_headers, error_object, is_openai
-from .errors import ApiError
+from .errors import ApiError, presentable
 from .stream import Choice, GeneratedToken, Stream
 
 KEEP_ALIVE = b":\n\n"
-DONE = b"data: [DONE]\n\n"
 
 
 class Events(Protocol):
     """How a route writes its events."""
+
+    terminator: bytes  # the very end, after an error too
 
     def render(self, choice: Choice, token: GeneratedToken) -> bytes:
         """The event of one token; `token is choice.last_token` when the choice ends with it."""
@@ -60,28 +62,34 @@ async def pump(request: web.Request, response: web.StreamResponse, stream: Strea
 
 
 async def respond(
-    request: web.Request, opened: AbstractAsyncContextManager[Stream], events: Events
+    request: web.Request,
+    opened: AbstractAsyncContextManager[Stream],
+    events: Events,
+    *,
+    num_characters: int | None = None,
 ) -> web.StreamResponse:
-    """A whole streamed answer of OpenAI's routes: an error before the first token is an HTTP status, later an event."""
-    response = None
+    """A whole streamed answer; it ends with an event that says how it ended.
+
+    num_characters: of the prompt, when the response is to start before anything is checked, as TGI's own routes do:
+    every error is then an event. Otherwise an error before the first token is an HTTP status.
+    """
+    response = None if num_characters is None else await start(request, num_characters)
     try:
         async with opened as stream:
-            characters = sum({id(c.validated.text): len(c.validated.text) for c in stream.choices}.values())
-            response = await start(request, characters)
+            if response is None:
+                response = await start(request, sum(len(choice.validated.text) for choice in stream.first_choices))
             await pump(request, response, stream, events)
-    except ApiError as error:
+            last = events.last(stream.choices)
+    except (ConnectionError, asyncio.CancelledError):
+        raise  # nobody reads any more
+    except Exception as error:
         if response is None:
             raise
-        return await finish(response, error_event(request, error) + DONE)
-    return await finish(response, events.last(stream.choices) + DONE)
+        last = error_event(request, presentable(error))
+    await response.write_eof(last + events.terminator)
+    return response
 
 
 def error_event(request: web.Request, error: ApiError) -> bytes:
     """`error` as an event."""
     return b"data: " + msgspec.json.encode(error_object(error, openai=is_openai(request))) + b"\n\n"
-
-
-async def finish(response: web.StreamResponse, last: bytes = b"") -> web.StreamResponse:
-    """Writes the last bytes and ends the response."""
-    await response.write_eof(last)
-    return response

@@ -60,16 +60,23 @@ class Rules:
 class Stream:
     """The events of one handler's choices, in the order they happened. One task reads it."""
 
-    def __init__(self, *, streaming: bool) -> None:
-        self.choices: list[Choice] = []
+    def __init__(self, *, streaming: bool, copies: int = 1) -> None:
+        """copies: choices of each prompt."""
+        self.choices: list[Choice] = []  # prompt 0's first
         self.on_stall: Callable[[], None] | None = None  # called once when the client does not read
         self._streaming = streaming
+        self._copies = copies
         self._error: Exception | None = None
         self._unread: list[tuple[Choice, GeneratedToken]] = []
         self._waiter: asyncio.Future[None] | None = None
         self._num_open = 0
         self._waiting_since_s = 0.0
         self._timer: asyncio.TimerHandle | None = None
+
+    @property
+    def first_choices(self) -> "list[Choice]":
+        """One choice for each prompt."""
+        return self.choices[:: self._copies]
 
     async def next(self) -> list[tuple["Choice", GeneratedToken]] | None:
         """The tokens that came since the last call; [] after 15 s without one; None when all choices are over.

@@ -119,6 +119,16 @@ class Validator:
         return room if asked is None else min(asked, room)
 
 
+def check_streamable(parameters: GenerateParameters) -> None:
+    """Raises ValidationError for what a stream cannot show. TGI checks this before it takes a permit."""
+    if parameters.best_of not in (None, 1):
+        raise ValidationError("`best_of` != 1 is not supported when streaming tokens", param="best_of")
+    if parameters.decoder_input_details:
+        raise ValidationError(
+            "`decoder_input_details` == true is not supported when streaming tokens", param="decoder_input_details"
+        )
+
+
 def _too_long(limit: int, given: str) -> ValidationError:
     return ValidationError(
         f"`inputs` must have less than {limit} tokens. Given: {given}. `--max-input-tokens` raises the limit",

@@ -69,7 +69,11 @@ def _prompt(server: Server, body: openai.ChatRequest, sampling: msgspec.Struct) 
     check_at_most("top_logprobs", body.top_logprobs, limits.max_top_n_tokens, "--max-top-n-tokens", least=0)
     asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     parameters = from_openai(
-        sampling, max_new_tokens=asked, stop=body.stops, top_n_tokens=body.top_logprobs if body.logprobs else None
+        sampling,
+        limits,
+        max_new_tokens=asked,
+        stop=body.stops,
+        top_n_tokens=body.top_logprobs if body.logprobs else None,
     )
     return Prompt(_rendering(server, body), parameters, add_special_tokens=False)
 
@@ -160,6 +164,8 @@ def _function(function: Any) -> Any:
 
 class _Answer:
     """Makes the answer to one request, whole or as events."""
+
+    terminator = b"data: [DONE]\n\n"
 
     def __init__(self, server: Server, body: openai.ChatRequest, copies: int) -> None:
         self._identity = Identity(server, "chatcmpl", body.model)

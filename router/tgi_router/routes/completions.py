@@ -52,7 +52,9 @@ async def completions(request: web.Request) -> web.StreamResponse:
     async with opened as stream:
         await stream.finish()
         choices = stream.choices
-    return json_response(answer.whole(choices), timing_headers(request, choices[::copies], started_s))
+    headers = timing_headers(request, choices[::copies], started_s)
+    del headers["x-compute-time"]  # TGI has it on its other routes only
+    return json_response(answer.whole(choices), headers)
 
 
 def _prompts(server: Server, body: openai.CompletionRequest, sampling: msgspec.Struct) -> list[Prompt]:
@@ -76,7 +78,7 @@ def _prompts(server: Server, body: openai.CompletionRequest, sampling: msgspec.S
         _prompt(
             text,
             vocab_size,
-            from_openai(sampling, max_new_tokens=body.max_tokens, stop=body.stops, top_n_tokens=body.logprobs),
+            from_openai(sampling, limits, max_new_tokens=body.max_tokens, stop=body.stops, top_n_tokens=body.logprobs),
         )
         for text in texts
     ]
@@ -114,6 +116,8 @@ def _prompt(prompt: str | tuple[int, ...], vocab_size: int, parameters: Generate
 
 class _Answer:
     """Makes the answer to one request, whole or as events."""
+
+    terminator = b"data: [DONE]\n\n"
 
     def __init__(self, server: Server, body: openai.CompletionRequest, wanted: int, copies: int) -> None:
         """wanted: choices shown for each prompt, the best of `copies`."""

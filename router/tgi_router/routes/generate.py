@@ -8,7 +8,6 @@ from aiohttp import web
 
 from .. import sse
 from ..bodies import json_response, parse, timing_headers
-from ..errors import ApiError, ValidationError
 from ..float32 import raw, shortest
 from ..parameters import GenerateParameters
 from ..schemas import tgi
@@ -132,32 +131,15 @@ async def _generate_stream(
 ) -> web.StreamResponse:
     """The status is 200 whatever happens: TGI's clients look for errors among the events."""
     server.metrics.request_count.inc()
-    response = await sse.start(request, len(inputs))
-    try:
-        _check_streamable(server, parameters)
-        events = _Events(server, parameters, inputs if parameters.return_full_text else "")
-        async with server.infer.open(
-            [Prompt(inputs, parameters)], Rules(streaming=True), started_s=started_s
-        ) as stream:
-            await sse.pump(request, response, stream, events)
-    except ApiError as error:
-        return await sse.finish(response, sse.error_event(request, error))
-    return await sse.finish(response)
-
-
-def _check_streamable(server: Server, parameters: GenerateParameters) -> None:
-    if parameters.best_of not in (None, 1):
-        what, param = "`best_of` != 1", "best_of"
-    elif parameters.decoder_input_details:
-        what, param = "`decoder_input_details` == true", "decoder_input_details"
-    else:
-        return
-    server.metrics.request_failure.inc("validation")
-    raise ValidationError(f"{what} is not supported when streaming tokens", param=param)
+    events = _Events(server, parameters, inputs if parameters.return_full_text else "")
+    opened = server.infer.open([Prompt(inputs, parameters)], Rules(streaming=True), started_s=started_s)
+    return await sse.respond(request, opened, events, num_characters=len(inputs))
 
 
 class _Events:
     """Makes the events of one stream. Bytes are put together by hand: it happens once per token."""
+
+    terminator = b""  # TGI's own streams just end
 
     def __init__(self, server: Server, parameters: GenerateParameters, before: str) -> None:
         self._server = server
@@ -189,7 +171,7 @@ class _Events:
         )
 
     def last(self, choices: Sequence[Choice]) -> bytes:
-        return b""  # TGI's own streams just end
+        return b""
 
     def _stream_details(self, choice: Choice) -> bytes:
         if not self._details:
