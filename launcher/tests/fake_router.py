@@ -1,7 +1,7 @@
 """A router without HTTP, for tests of the launcher: waits for the shards' sockets, then says it serves.
 
-FAKE_ROUTER: `hung:RANK` reports that rank once, `exit3` ends before serving, `die` after it, `deaf` ignores SIGTERM,
-`drain:S` takes S seconds to drain, `silent` never serves.
+FAKE_ROUTER: `hung:RANK` reports that rank when the test creates the file `go`, `exit3` ends before serving, `die`
+after it, `deaf` ignores SIGTERM, `drain:S` takes S seconds to drain, `silent` never serves.
 """
 
 import os
@@ -42,6 +42,8 @@ if "die" in behaviour:
     os.kill(os.getpid(), signal.SIGKILL)
 for item in behaviour:
     if item.startswith("hung:"):
+        while not (folder / "go").exists():
+            time.sleep(0.01)
         logs.event(log, "shard_hung", "a shard does not answer", rank=int(item[5:]), deadline_s=config.step_deadline_s)
 over.wait() if "deaf" not in behaviour else time.sleep(600)
 log.info("signal received, starting graceful shutdown")

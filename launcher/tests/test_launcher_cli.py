@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-
 from tgi_launcher import cli
 from tgi_launcher.flags import Flags, Kind, specs
 

@@ -6,6 +6,7 @@ files are is `hub.py`'s knowledge, how they come over the network `download.py`'
 
 import asyncio
 import logging
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ from .explain import Death, Evidence, explain
 from .flags import Flags
 from .guard import Guard
 from .process import Child, Command, Exited, Record
-from .supervisor import Event, Signalled
+from .supervisor import Event, Signalled, next_event
 
 _ATTEMPTS = 3
 _STOP_S = 5.0
@@ -147,13 +148,10 @@ class Fetcher:
         """Whether `child` ended by itself before it stalled. Raises Stopped at a signal."""
         moved_s, done = time.monotonic(), -1.0
         while True:
-            timeout = None if stall_s is None else max(0.0, moved_s + stall_s - time.monotonic())
-            try:
-                event = await asyncio.wait_for(self._queue.get(), timeout)
-            except TimeoutError:
-                child.kill("no progress")
-                return False
-            match event:
+            match await next_event(self._queue, moved_s + (math.inf if stall_s is None else stall_s)):
+                case None:
+                    child.kill("no progress")
+                    return False
                 case Signalled(number):
                     _log.info("signal %d: stopping %s", number, child.name)
                     raise Stopped

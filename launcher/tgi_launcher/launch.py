@@ -6,6 +6,7 @@ only when the plan stands.
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import signal
 import sys
@@ -65,10 +66,17 @@ def run(flags: Flags, environ: Mapping[str, str], commands: Programs = _DEFAULT_
         _log.info("%s", report(machine, environ))
     world_size = num_shards(flags, machine.device_count).value
     preflight.check_ports(flags)
-    preflight.check_master_port(flags, world_size)
+    launch = dataclasses.replace(launch, flags=_with_master_port(flags, world_size))
     for warning in preflight.machine_warnings(world_size, "cuda" if machine.gpus else "cpu"):
         _log.warning("%s", warning)
     return asyncio.run(_run(launch, machine, world_size))
+
+
+def _with_master_port(flags: Flags, world_size: int) -> Flags:
+    port = preflight.master_port(flags, world_size)
+    if port != flags.master_port:
+        _log.info("Port %d is taken, so the shards meet at %d (--master-port)", flags.master_port, port)
+    return dataclasses.replace(flags, master_port=port)
 
 
 def survey(environ: Mapping[str, str]) -> Machine:

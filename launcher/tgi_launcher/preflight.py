@@ -14,7 +14,7 @@ from .checks import resolve_hostname
 from .errors import ArgumentValidation
 from .flags import Flags
 from .memory_fit import GIB, gib
-from .resources import open_files_limit, port_objection, shm_bytes, socket_answers
+from .resources import free_port, open_files_limit, port_objection, shm_bytes, socket_answers
 
 LEAST_FILES = 4096
 _MAX_SOCKET_PATH = 107  # sockaddr_un holds 108 bytes with the final zero
@@ -35,14 +35,23 @@ def check_ports(flags: Flags) -> None:
             )
 
 
-def check_master_port(flags: Flags, world_size: int) -> None:
-    """Raises ArgumentValidation when several shards could not meet at the rendezvous port."""
+def master_port(flags: Flags, world_size: int) -> int:
+    """Where the shards meet: the port asked for, or another one when nobody asked and the default is taken.
+
+    Raises ArgumentValidation when the port asked for is taken.
+    """
     local = flags.master_addr in ("localhost", "127.0.0.1")
-    if world_size > 1 and local and (objection := port_objection("127.0.0.1", flags.master_port)):
-        raise ArgumentValidation(
-            f"`master_port` {flags.master_port} cannot be listened on: {objection}. "
-            "Another group of shards probably uses it; choose another with --master-port"
-        )
+    if world_size == 1 or not local:
+        return flags.master_port
+    objection = port_objection("127.0.0.1", flags.master_port)
+    if objection is None:
+        return flags.master_port
+    if not flags.given("master_port"):
+        return free_port()
+    raise ArgumentValidation(
+        f"`master_port` {flags.master_port} cannot be listened on: {objection}. "
+        "Another group of shards probably uses it; choose another with --master-port"
+    )
 
 
 def machine_warnings(world_size: int, device: str) -> list[str]:

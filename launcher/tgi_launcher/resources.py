@@ -181,6 +181,13 @@ def port_objection(host: str, port: int) -> str | None:
     return None
 
 
+def free_port() -> int:
+    """A port of the loopback interface that nobody listens on at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def socket_answers(path: str) -> bool:
     """Whether a live process listens on the Unix socket `path`."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:

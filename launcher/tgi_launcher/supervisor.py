@@ -107,13 +107,7 @@ class Supervisor:
 
     async def _step(self) -> int | None:
         """Handles one event or deadline; the exit status when that was the end."""
-        now = time.monotonic()
-        event: Event | None
-        try:
-            event = await asyncio.wait_for(self._queue.get(), max(0.0, self._next_deadline() - now))
-        except TimeoutError:
-            event = None
-        match event:
+        match await next_event(self._queue, self._next_deadline()):
             case Signalled(number):
                 return self._on_signal(number)
             case Exited(child) if child is self._router:
@@ -135,7 +129,7 @@ class Supervisor:
             deadlines.append(self._restart_at_s)
         if self._draining:
             deadlines.append(self._drain_until_s)
-        deadlines += [s.stalls_at(self._settings.stall_timeout_s) for s in self._startups if not s.ready]
+        deadlines += [startup.stalls_at(self._settings.stall_timeout_s) for _, startup in self._starting()]
         if self._group_ready and self._address is None:
             deadlines.append(self._router_stalls_at())
         return min(deadlines)
@@ -151,11 +145,9 @@ class Supervisor:
         if self._restart_at_s is not None and now >= self._restart_at_s:
             self._restart_at_s = None
             await self._start_group()
-        for child, startup in zip(self._shards, self._startups, strict=True):
-            if not startup.ready and child.alive and now >= startup.stalls_at(self._settings.stall_timeout_s):
-                await self._end_stuck(
-                    child, f"no progress for {self._settings.stall_timeout_s:g} s in phase {startup.describe()}"
-                )
+        for child, startup in self._starting():
+            if now >= startup.stalls_at(limit_s := self._settings.stall_timeout_s):
+                await self._end_stuck(child, f"no progress for {limit_s:g} s in phase {startup.describe()}")
         if self._group_ready and self._address is None and now >= self._router_stalls_at():
             raise WebserverCannotStart(
                 f"the router was not serving {self._settings.stall_timeout_s:g} s after the shards"
@@ -163,8 +155,13 @@ class Supervisor:
         self._note_waiting(now)
         return None
 
+    def _starting(self) -> list[tuple[Child, Startup]]:
+        """The shards that live and are not ready yet."""
+        pairs = zip(self._shards, self._startups, strict=True)
+        return [(child, startup) for child, startup in pairs if child.alive and not startup.ready]
+
     def _note_waiting(self, now: float) -> None:
-        waiting = [(c, s) for c, s in zip(self._shards, self._startups, strict=True) if not s.ready]
+        waiting = self._starting()
         if waiting and now - self._noted_s >= WAITING_NOTE_S:
             self._noted_s = now
             where = ", ".join(f"{child.name} {startup.describe()}" for child, startup in waiting)
@@ -345,6 +342,16 @@ class Supervisor:
         await asyncio.gather(*(shard.stop(SHARD_STOP_S, "the launcher is stopping") for shard in self._shards))
         for rank in range(len(self._settings.shards)):
             remove(socket_path(self._settings.uds_path, rank))
+
+
+async def next_event(queue: "asyncio.Queue[Event]", deadline_s: float) -> Event | None:
+    """The next event; None at `deadline_s` (time.monotonic()). What is queued already comes before any deadline."""
+    if not queue.empty():
+        return queue.get_nowait()
+    try:
+        return await asyncio.wait_for(queue.get(), max(0.001, deadline_s - time.monotonic()))
+    except TimeoutError:
+        return None
 
 
 def _number(value: object) -> float:
