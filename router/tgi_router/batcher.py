@@ -27,6 +27,7 @@ from .step_plan import StepPlan, encode
 logger = logging.getLogger(__name__)
 
 GIVE_UP_S = 1.0  # pause after a bug of ours, so that one that comes back at once cannot spin
+LARGE_BYTES = 65536  # of a step's message: HTTP/2's initial window
 IDLE_CHECK_S = 5.0  # of idleness before the books are checked: that takes milliseconds with a large pool
 
 
@@ -46,6 +47,7 @@ class _Sent(NamedTuple):
     plan: StepPlan
     answer: "asyncio.Task[pb.StepResponse]"
     sent_s: float
+    large: bool
 
 
 class Batcher:
@@ -173,7 +175,7 @@ class Batcher:
         """Keeps up to `max_steps_in_flight` steps unanswered; applies answers in the order of the steps."""
         in_flight, wake = self._in_flight, self._wake
         while True:
-            while len(in_flight) < self._max_in_flight and self._send():
+            while self._may_send() and self._send():
                 pass
             if self._draining and self._core.is_idle:
                 self._drained.set()
@@ -188,6 +190,11 @@ class Batcher:
                 self._apply(in_flight.popleft())
                 if in_flight and in_flight[0].answer.done():
                     wake.set()
+
+    def _may_send(self) -> bool:
+        """The window is open. gRPC may let a small message overtake a large one, so nothing follows a large one."""
+        in_flight = self._in_flight
+        return not in_flight or (len(in_flight) < self._max_in_flight and not in_flight[-1].large)
 
     async def _idle(self) -> None:
         """Waits for work; uses a longer pause to check the books."""
@@ -206,7 +213,7 @@ class Batcher:
         method, message = encode(plan)
         answer = self._client.send(method, message, plan.step)
         answer.add_done_callback(self._answered)
-        self._in_flight.append(_Sent(plan, answer, now))
+        self._in_flight.append(_Sent(plan, answer, now, len(message) > LARGE_BYTES))
         self._count_sent(plan)
         return True
 
@@ -244,12 +251,13 @@ class Batcher:
             start, fresh = self._core.take_prompt_logprobs(request, generation)
             if fresh:
                 sink.prompt_logprobs(start, fresh)
-        for index, (token_id, logprob) in enumerate(zip(generation.token_ids, generation.logprobs, strict=True)):
+        logprobs = generation.logprobs
+        for index, token_id in enumerate(generation.token_ids):
             top: tuple[tuple[int, float], ...] = ()
             if valid.top_n_tokens:
                 tops = generation.top_tokens[index]
                 top = tuple(zip(tops.ids, tops.logprobs, strict=True))
-            reason = sink.token(Token(token_id, logprob, top))
+            reason = sink.token(Token(token_id, logprobs[index], top))
             if reason is not None:
                 self._core.finish(request, now, reason)
                 return

@@ -13,6 +13,7 @@ from bisect import insort
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -291,13 +292,17 @@ class Scheduler:
             if request.phase is Phase.FINISHED:
                 continue  # a row-step that was computed for nothing
             generation = generations.get(request.id)
-            if request.id in errors or (samples and (generation is None or not generation.token_ids)):
-                error = GenerationError(errors.get(request.id, "the shard returned no token. This is a bug."))
-                outcome.failed.append((request, error))
+            if request.id in errors:
+                outcome.failed.append((request, GenerationError(errors[request.id])))
                 continue
+            if samples:
+                if generation is None:
+                    outcome.failed.append((request, GenerationError("the shard returned no token. This is a bug.")))
+                    continue
+                request.token_ids.extend(generation.token_ids)
+                if request.first_token_s is None or self._suspects:
+                    self._has_produced(request, now)
             if generation is not None:
-                if samples:
-                    self._receive(request, generation, now)
                 outcome.generations.append((request, generation))
             if request.phase is Phase.RUNNING:  # else preempted meanwhile: what was computed is gone, the token stays
                 request.num_acknowledged_tokens += num_tokens
@@ -307,12 +312,11 @@ class Scheduler:
             self.finish(request, now)
         return outcome
 
-    def _receive(self, request: Request, generation: pb.Generation, now: float) -> None:
-        request.token_ids.extend(generation.token_ids)
+    def _has_produced(self, request: Request, now: float) -> None:
         if request.first_token_s is None:
             request.first_token_s = now
         if self._suspects and request is self._suspects[0]:
-            self._suspects.pop(0)  # it has produced a token: it is not the one that kills the shards
+            self._suspects.pop(0)  # it is not the one that kills the shards
 
     @staticmethod
     def take_prompt_logprobs(request: Request, generation: pb.Generation) -> tuple[int, list[float]]:
@@ -387,6 +391,9 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Raises Bug when blocks, rows or counts are inconsistent. For tests and idle moments: O(blocks)."""
         self.blocks.check_integrity(self.running)
+        for queue in (self.running, self.waiting):
+            if any(a.id >= b.id for a, b in pairwise(queue)):
+                raise Bug("requests are not in order of arrival. This is a bug.")
         for request in self.waiting:
             if request.blocks or request.row or request.num_scheduled_tokens:
                 raise Bug(f"request {request.id} waits and still has blocks or a row. This is a bug.")

@@ -186,12 +186,11 @@ class ShardedClient:
         return self.lost
 
     async def _one(self, rank: int, call: Awaitable[pb.StepResponse]) -> pb.StepResponse:
-        """One rank's answer. UNAVAILABLE is a dead process; any other status a live one that cannot go on."""
+        """One rank's answer. A shard that answers with an error is about to exit and says why in its own log."""
         try:
             return await call
         except grpc.aio.AioRpcError as error:
-            dead = error.code() is grpc.StatusCode.UNAVAILABLE
-            raise self._lose(ShardsLost(f"rank {rank}: {error.details()}", () if dead else (rank,))) from error
+            raise self._lose(ShardsLost(f"rank {rank}: {error.details()}")) from error
 
     def _disagree(self, cause: str) -> ShardsLost:
         return ShardsLost(cause, tuple(shard.rank for shard in self._shards))

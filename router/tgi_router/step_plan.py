@@ -60,7 +60,7 @@ def share_budget(todo: Sequence[int], budget: int) -> list[int]:
 
     oldest_first = range(len(todo))
     give(oldest_first, budget - budget // 2)
-    give(sorted(oldest_first, key=lambda i: (todo[i] - grants[i], i)), budget // 2)
+    give(sorted(oldest_first, key=todo.__getitem__), budget // 2)
     return grants
 
 
