@@ -94,7 +94,7 @@ def test_what_is_not_a_file_of_tensors_is_refused_unexecuted(
     file = tmp_path / "pytorch_model.bin"
     match content:
         case "pickle":
-            file.write_bytes(pickle.dumps({"a": Payload()}))
+            file.write_bytes(pickle.dumps({"a": Payload()}, protocol=2))
         case "garbage":
             file.write_bytes(b"PK\x03\x04 this is no archive")
         case "nested":

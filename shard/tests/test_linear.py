@@ -8,18 +8,18 @@ from safetensors.torch import save_file
 from tgi_shard.checkpoint import Checkpoint
 from tgi_shard.errors import StartError
 from tgi_shard.layers.embedding import VocabTables
-from tgi_shard.layers.linear import DenseMethod, PackedMatmul, PlainMatmul, Rows, can_pack, split
+from tgi_shard.layers.linear import DenseMethod, MatmulMaker, PackedMatmul, PlainMatmul, Rows, can_pack, split
 from tgi_shard.layers.norm import RmsNormLayer
+from tgi_shard.layers.weights import WeightReader
 from tgi_shard.parallel import Parallel
 
 torch.set_num_threads(1)
-CPU = torch.device("cpu")
 HALVES = [torch.bfloat16, torch.float16]
 
 
-def checkpoint(directory: Path, **tensors: torch.Tensor) -> Checkpoint:
+def reader(directory: Path, dtype: torch.dtype = torch.float32, **tensors: torch.Tensor) -> WeightReader:
     save_file({name.replace("__", "."): tensor for name, tensor in tensors.items()}, directory / "model.safetensors")
-    return Checkpoint.open(directory)
+    return WeightReader(Checkpoint.open(directory), torch.device("cpu"), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -41,7 +41,7 @@ def test_a_row_of_a_packed_product_does_not_depend_on_the_other_rows(inputs: int
     weight = torch.randn(200, inputs).to(dtype)
     if not can_pack(weight):
         pytest.skip("this CPU has no oneDNN kernel for packed weights of this type")
-    matmul, x = PackedMatmul(weight, None), torch.randn(130, inputs).to(dtype)
+    matmul, x = MatmulMaker().make(weight, None), torch.randn(130, inputs).to(dtype)
     with torch.inference_mode():
         together = matmul(x)
         for rows in (1, 2, 3, 8, 33, 129):
@@ -51,7 +51,7 @@ def test_a_row_of_a_packed_product_does_not_depend_on_the_other_rows(inputs: int
 def test_parts_are_stacked_after_they_are_sliced(tmp_path: Path) -> None:
     q, k = torch.arange(12.0).view(4, 3), torch.arange(6.0).view(2, 3) + 100
     names = {"q__weight": q, "q__bias": q[:, 0].clone(), "k__weight": k, "k__bias": k[:, 0].clone()}
-    method = DenseMethod(checkpoint(tmp_path, **names), CPU, torch.float32)
+    method = DenseMethod(reader(tmp_path, **names), MatmulMaker())
     matmul = method.column([Rows("q", 1, 3), Rows("k", 0, 1)], bias=True)
     expected = torch.cat((q[1:3], k[:1])).T + torch.cat((q[1:3, 0], k[:1, 0]))
     torch.testing.assert_close(matmul(torch.eye(3)), expected)
@@ -59,7 +59,7 @@ def test_parts_are_stacked_after_they_are_sliced(tmp_path: Path) -> None:
 
 def test_a_row_split_matrix_reads_its_columns(tmp_path: Path) -> None:
     weight = torch.arange(12.0).view(3, 4)
-    method = DenseMethod(checkpoint(tmp_path, o__weight=weight, o__bias=torch.ones(3)), CPU, torch.float32)
+    method = DenseMethod(reader(tmp_path, o__weight=weight, o__bias=torch.ones(3)), MatmulMaker())
     torch.testing.assert_close(method.row("o", slice(2, 4), bias=False)(torch.eye(2)), weight[:, 2:].T)
     torch.testing.assert_close(method.row("o", slice(2, 4), bias=True)(torch.eye(2)), weight[:, 2:].T + 1)
 
@@ -86,7 +86,7 @@ def test_rms_norm_is_that_of_transformers(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tied_tables_embed_and_score_from_one_tensor_in_the_file(tmp_path: Path, dtype: torch.dtype) -> None:
     table = torch.randn(70, 24).to(torch.bfloat16)
-    tables = VocabTables(checkpoint(tmp_path, embed__weight=table), 70, Parallel.single(), CPU, dtype)
+    tables = VocabTables(reader(tmp_path, dtype, embed__weight=table), MatmulMaker(), 70, Parallel.single())
     embedding, head = tables.tied("embed")
     ids = torch.tensor([69, 0, 3, 3])
     with torch.inference_mode():

@@ -19,6 +19,7 @@ from model_driver import Driver, load
 from tgi_shard.attention.reference import ReferenceAttention
 from tgi_shard.checkpoint import Checkpoint
 from tgi_shard.errors import Bug, StartError
+from tgi_shard.layers.weights import WeightReader
 from tgi_shard.models import describe, hf_config
 from tgi_shard.models.decoder import Decoder, HeadSplit, Source
 from tgi_shard.parallel import Parallel
@@ -227,7 +228,7 @@ def test_heads_that_cannot_be_shared_name_the_flag(heads: int, kv_heads: int, wo
 def test_two_stages_of_a_pipeline_compute_what_the_whole_decoder_computes(name: str, models: dict[str, Path]) -> None:
     """The layers are cut in two decoders; hidden states are handed over by hand."""
     spec, names = describe(hf_config.read(models[name]))
-    source = Source(Checkpoint.open(models[name]), names, torch.device("cpu"), torch.float32)
+    source = Source(WeightReader(Checkpoint.open(models[name]), torch.device("cpu"), torch.float32), names)
     first, second = (
         Decoder(spec, source, Parallel.single(), ReferenceAttention(), layers) for layers in (range(1), range(1, 2))
     )

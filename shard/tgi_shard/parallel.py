@@ -110,13 +110,13 @@ def _meet(rank: int, world_size: int, address: str, port: int, timeout_s: float)
         store = distributed.TCPStore(  # type: ignore[attr-defined]
             address, port, world_size, is_master=rank == 0, timeout=timeout, wait_for_workers=False
         )
-    except (RuntimeError, distributed.DistError) as error:
+    except RuntimeError as error:
         raise StartError(_store_problem(rank, where, error)) from error
     store.set(f"rank{rank}", "here")
     for other in range(world_size):
         try:
             store.wait([f"rank{other}"], timeout)
-        except (RuntimeError, distributed.DistError) as error:
+        except RuntimeError as error:
             raise StartError(
                 f"Rank {other} of {world_size} did not join the group at {where} within {timeout_s:.0f} s; "
                 "its own log says why."

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checkpoint import Checkpoint
 from ..parallel import Parallel
-from .linear import Matmul, make_matmul
+from .linear import Matmul, MatmulMaker
+from .weights import WeightReader
 
 PAD_ROWS = 64  # rows per rank are a multiple, for the sake of matrix kernels
 
@@ -24,10 +24,11 @@ class VocabRange:
         self.start = min(parallel.rank * self.rows, vocab)
         self.stop = min(self.start + self.rows, vocab)
 
-    def padded(self, table: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    def padded(self, table: Tensor, reader: WeightReader) -> Tensor:
         """A copy of these rows of the whole table, padded with zeros: `[rows, hidden]`."""
-        share = torch.zeros((self.rows, table.shape[1]), dtype=dtype, device=device)
-        share[: self.stop - self.start].copy_(table[self.start : self.stop])
+        share, count = reader.empty(self.rows, table.shape[1]), self.stop - self.start
+        share[:count].copy_(table[self.start : self.stop])
+        share[count:].zero_()
         return share
 
 
@@ -62,35 +63,32 @@ class Head:
 class VocabTables:
     """Reads the embedding table and the head of one checkpoint."""
 
-    def __init__(
-        self, checkpoint: Checkpoint, vocab: int, parallel: Parallel, device: torch.device, dtype: torch.dtype
-    ) -> None:
-        self._checkpoint, self._vocab, self._parallel = checkpoint, vocab, parallel
-        self._device, self._dtype = device, dtype
+    def __init__(self, reader: WeightReader, matmuls: MatmulMaker, vocab: int, parallel: Parallel) -> None:
+        self._reader, self._matmuls, self._vocab, self._parallel = reader, matmuls, vocab, parallel
         self._share = VocabRange(vocab, parallel)
 
     def embedding(self, module: str) -> Embedding:
-        return self._embedding(self._checkpoint.read(f"{module}.weight"))
+        return self._embedding(self._reader.view(f"{module}.weight"))
 
     def head(self, module: str) -> Head:
         return self._head(self._padded(module))
 
     def tied(self, module: str) -> tuple[Embedding, Head]:
         """Both from one table."""
-        if self._device.type == "cpu":
+        if self._reader.device.type == "cpu":
             return self.embedding(module), self.head(module)
         weight = self._padded(module)
-        return Embedding(weight, self._share, self._dtype, self._parallel, 0), self._head(weight)
+        return Embedding(weight, self._share, self._reader.dtype, self._parallel, 0), self._head(weight)
 
     def _padded(self, module: str) -> Tensor:
-        return self._share.padded(self._checkpoint.read(f"{module}.weight"), self._device, self._dtype)
+        return self._share.padded(self._reader.view(f"{module}.weight"), self._reader)
 
     def _embedding(self, table: Tensor) -> Embedding:
         rows = table[self._share.start : self._share.stop]
-        if self._device.type == "cpu" and rows.shape[0]:
-            return Embedding(rows, self._share, self._dtype, self._parallel, 0)
-        rows = self._share.padded(table, self._device, self._dtype)
-        return Embedding(rows, self._share, self._dtype, self._parallel, rows.nbytes)
+        if self._reader.device.type == "cpu" and rows.shape[0]:
+            return Embedding(rows, self._share, self._reader.dtype, self._parallel, 0)
+        rows = self._share.padded(table, self._reader)
+        return Embedding(rows, self._share, self._reader.dtype, self._parallel, rows.nbytes)
 
     def _head(self, weight: Tensor) -> Head:
-        return Head(make_matmul(weight, None), self._vocab, self._parallel)
+        return Head(self._matmuls.make(weight, None), self._vocab, self._parallel)

@@ -2,7 +2,7 @@
 
 A `LinearMethod` knows how to read one matrix of the checkpoint, split for tensor parallelism, and returns a `Matmul`
 that applies it. Quantization formats are other LinearMethods; faster kernels for plain weights other Matmuls, chosen
-in `make_matmul`. The split is made per part and before parts are stacked; each bias is read, and added, once.
+by `MatmulMaker`. The split is made per part and before parts are stacked; each bias is read, and added, once.
 """
 
 import platform
@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checkpoint import Checkpoint
 from ..errors import StartError
 from ..parallel import Parallel
+from .weights import WeightReader
 
 
 class Matmul(Protocol):
@@ -45,44 +45,22 @@ class LinearMethod(Protocol):
         """Input columns of one matrix; its results are to be summed over the ranks, so only one rank passes `bias`."""
 
 
-class DenseMethod:
-    """Plain `.weight` and `.bias` tensors, converted to `dtype` on `device`."""
+class MatmulMaker:
+    """Chooses the fastest Matmul for each plain weight of a model. One per model: it remembers what it measured."""
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
-        self._checkpoint, self._device, self._dtype = checkpoint, device, dtype
+    def __init__(self) -> None:
+        self._splits_single_rows: dict[tuple[torch.Size, torch.dtype], bool] = {}
 
-    def column(self, parts: Sequence[Rows], bias: bool) -> Matmul:
-        return make_matmul(self._stack(parts, "weight"), self._stack(parts, "bias") if bias else None)
-
-    def row(self, module: str, columns: slice, bias: bool) -> Matmul:
-        weight = self._checkpoint.read(f"{module}.weight")[:, columns]
-        bias_vector = self._checkpoint.read(f"{module}.bias") if bias else None
-        return make_matmul(
-            own(weight, self._device, self._dtype),
-            own(bias_vector, self._device, self._dtype) if bias_vector is not None else None,
-        )
-
-    def _stack(self, parts: Sequence[Rows], suffix: str) -> Tensor:
-        """One copy: each part goes from the mapped file to its place in the result."""
-        sources = [self._checkpoint.read(f"{part.module}.{suffix}")[part.start : part.stop] for part in parts]
-        stacked = torch.empty(
-            (sum(source.shape[0] for source in sources), *sources[0].shape[1:]), dtype=self._dtype, device=self._device
-        )
-        row = 0
-        for source in sources:
-            stacked[row : row + source.shape[0]].copy_(source)
-            row += source.shape[0]
-        return stacked
-
-
-def own(source: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """A contiguous copy of a view of the checkpoint."""
-    return torch.empty(source.shape, dtype=dtype, device=device).copy_(source)
-
-
-def make_matmul(weight: Tensor, bias: Tensor | None) -> Matmul:
-    """The fastest Matmul for a weight `[out, in]` on its device; takes the weight over."""
-    return PackedMatmul(weight, bias) if can_pack(weight) else PlainMatmul(weight, bias)
+    def make(self, weight: Tensor, bias: Tensor | None) -> Matmul:
+        """A Matmul for a weight `[out, in]` on its device; takes the weight over."""
+        if not can_pack(weight):
+            return PlainMatmul(weight, bias)
+        kind = (weight.shape, weight.dtype)
+        matmul = PackedMatmul(weight, bias)
+        if kind not in self._splits_single_rows:
+            self._splits_single_rows[kind] = matmul.splits_single_rows()
+        matmul.double_single_rows = self._splits_single_rows[kind]
+        return matmul
 
 
 class PlainMatmul:
@@ -111,28 +89,62 @@ class PackedMatmul:
     """oneDNN's product over a weight it has reordered once: 1.3 to 2.6 times as fast as F.linear (docs/journal.md).
 
     A row's result does not depend on how many other rows there are, to the bit, so that a request computes the same
-    numbers alone and in a crowd. The exception is a single row against a long `in`, where oneDNN splits the sum; where
-    the weight shows that, a single row is computed as two.
+    numbers alone and in a crowd. The exception is a single row against a long `in`, for which oneDNN splits the sum in
+    some shapes: then `double_single_rows` computes it as two rows.
     """
 
     # Rows the layout is chosen for; a layout chosen for a single row is slower for every number of rows.
     TYPICAL_ROWS = 64
+    # Results compared to see whether single rows differ; in bf16 about one in ten thousand does.
+    PROBED_RESULTS = 100_000
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.bias = bias
         self.num_bytes = weight.nbytes + (0 if bias is None else bias.nbytes)
+        self.double_single_rows = False
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, self.TYPICAL_ROWS)
-        probe = torch.arange(2 * weight.shape[1]).sin().view(2, -1).to(weight.dtype)
-        self._double_single_rows = not torch.equal(self._product(probe[:1]), self._product(probe)[:1])
+        self._shape, self._dtype = weight.shape, weight.dtype
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self._double_single_rows and x.shape[0] == 1:
+        if self.double_single_rows and x.shape[0] == 1:
             return self._product(x.expand(2, -1).contiguous())[:1]
         return self._product(x)
+
+    def splits_single_rows(self) -> bool:
+        """Whether a row alone differs from the same row among others. The same for all weights of a shape and type."""
+        outputs, inputs = self._shape
+        rows = min(256, 2 + self.PROBED_RESULTS // outputs)
+        probe = torch.arange(rows * inputs).sin().view(rows, inputs).to(self._dtype)
+        together = self._product(probe)
+        return any(not torch.equal(self._product(probe[i : i + 1]), together[i : i + 1]) for i in range(rows))
 
     def _product(self, x: Tensor) -> Tensor:
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
         return y
+
+
+class DenseMethod:
+    """Plain `.weight` and `.bias` tensors."""
+
+    def __init__(self, reader: WeightReader, matmuls: MatmulMaker) -> None:
+        self._reader, self._matmuls = reader, matmuls
+
+    def column(self, parts: Sequence[Rows], bias: bool) -> Matmul:
+        return self._matmuls.make(self._stack(parts, "weight"), self._stack(parts, "bias") if bias else None)
+
+    def row(self, module: str, columns: slice, bias: bool) -> Matmul:
+        weight = self._reader.copy(self._reader.view(f"{module}.weight")[:, columns])
+        return self._matmuls.make(weight, self._reader.vector(f"{module}.bias") if bias else None)
+
+    def _stack(self, parts: Sequence[Rows], suffix: str) -> Tensor:
+        """One copy: each part goes from the mapped file to its place in the result."""
+        views = [self._reader.view(f"{part.module}.{suffix}")[part.start : part.stop] for part in parts]
+        stacked = self._reader.empty(sum(view.shape[0] for view in views), *views[0].shape[1:])
+        row = 0
+        for view in views:
+            stacked[row : row + view.shape[0]].copy_(view)
+            row += view.shape[0]
+        return stacked
 
 
 class RowParallel:

@@ -18,6 +18,7 @@ from ..checkpoint import Checkpoint
 from ..config import ShardConfig
 from ..errors import StartError
 from ..layers.rotary import DynamicScaling, LinearScaling, RopeScaling
+from ..layers.weights import WeightReader
 from ..parallel import Parallel
 from . import hf_config
 from .decoder import Decoder, HeadSplit, Source
@@ -67,7 +68,7 @@ def load_model(
     checkpoint = Checkpoint.open(directory, progress)
     ignorable = names.ignorable + ((rf"{re.escape(names.head)}\.weight",) if spec.tied_head else ())
     checkpoint.check(expected_tensors(spec, names, range(spec.layers)), ignorable)
-    decoder = Decoder(spec, Source(checkpoint, names, device, dtype), parallel, backend)
+    decoder = Decoder(spec, Source(WeightReader(checkpoint, device, dtype), names), parallel, backend)
     logger.info("Loaded %s: %d layers, %.2f GiB of weights", spec.model_type, spec.layers, decoder.num_bytes / 2**30)
     return decoder
 

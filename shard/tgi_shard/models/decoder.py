@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from ..attention.base import AttentionBackend, AttentionSpec
-from ..checkpoint import Checkpoint
 from ..errors import Bug, StartError
 from ..layers.embedding import Embedding, Head, VocabTables
-from ..layers.linear import DenseMethod, LinearMethod, Matmul, RowParallel, Rows, own, split
+from ..layers.linear import DenseMethod, LinearMethod, Matmul, MatmulMaker, RowParallel, Rows, split
 from ..layers.mlp import GatedMlpLayer
 from ..layers.norm import RmsNormLayer, stack_heads
 from ..layers.rotary import RopeTable, RotaryEmbedding, rotate
+from ..layers.weights import WeightReader
 from ..parallel import Parallel
 from ..step import StepInput
 from .names import Concat, Names
@@ -28,15 +28,13 @@ KvCache = tuple[Tensor, Tensor]  # one layer's key and value pool, [num_blocks, 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where the weights come from and where they go."""
+    """The checkpoint, and what the decoder's parts are called in it."""
 
-    checkpoint: Checkpoint
+    reader: WeightReader
     names: Names
-    device: torch.device
-    dtype: torch.dtype
 
-    def vector(self, module: str) -> Tensor:
-        return own(self.checkpoint.read(f"{module}.weight"), self.device, self.dtype)
+    def norm(self, module: str, eps: float) -> RmsNormLayer:
+        return RmsNormLayer(self.reader.vector(f"{module}.weight"), eps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +77,7 @@ class DecoderLayer:
     ) -> None:
         names, attention = source.names, spec.attention
         heads = HeadSplit.of(spec, parallel)
-        self.attention_spec = heads.attention_spec(spec, number, source.dtype)
+        self.attention_spec = heads.attention_spec(spec, number, source.reader.dtype)
 
         def name(part: str) -> str:
             return names.in_layer(number, part)
@@ -90,13 +88,13 @@ class DecoderLayer:
             )
 
         head_rows = [_times(part, attention.head_dim) for part in (heads.heads, heads.kv_heads, heads.kv_heads)]
-        self._attention_norm = RmsNormLayer(source.vector(name(names.attention_norm)), spec.norm.eps)
+        self._attention_norm = source.norm(name(names.attention_norm), spec.norm.eps)
         self._qkv = concat(names.qkv, head_rows, attention.qkv_bias)
         self._qk_norm = self._read_qk_norm(spec, source, number) if attention.qk_norm else None
         self._out = RowParallel(
             linear, name(names.out), attention.heads * attention.head_dim, attention.out_bias, parallel
         )
-        self._mlp_norm = RmsNormLayer(source.vector(name(names.mlp_norm)), spec.norm.eps)
+        self._mlp_norm = source.norm(name(names.mlp_norm), spec.norm.eps)
         ffn = split(spec.mlp.size, parallel, "the feed-forward size")
         self._mlp = GatedMlpLayer(
             concat(names.gate_up, (ffn, ffn), spec.mlp.bias),
@@ -109,7 +107,8 @@ class DecoderLayer:
     def _read_qk_norm(self, spec: DecoderSpec, source: Source, number: int) -> RmsNormLayer:
         local = self.attention_spec
         q, k = (
-            source.vector(source.names.in_layer(number, part)) for part in (source.names.q_norm, source.names.k_norm)
+            source.reader.vector(source.names.in_layer(number, f"{part}.weight"))
+            for part in (source.names.q_norm, source.names.k_norm)
         )
         return RmsNormLayer(stack_heads([(q, local.num_heads), (k, local.num_kv_heads)]), spec.norm.eps)
 
@@ -149,13 +148,14 @@ class Decoder:
     ) -> None:
         """layers: this stage's; None = all. Raises StartError when the ranks cannot share the model equally."""
         layers = range(spec.layers) if layers is None else layers
-        linear = DenseMethod(source.checkpoint, source.device, source.dtype)
-        self.spec, self.backend, self.dtype, self.device = spec, backend, source.dtype, source.device
-        self._rope = RotaryEmbedding(spec.position, source.device, source.dtype)
+        reader, matmuls = source.reader, MatmulMaker()
+        linear = DenseMethod(reader, matmuls)
+        self.spec, self.backend, self.dtype, self.device = spec, backend, reader.dtype, reader.device
+        self._rope = RotaryEmbedding(spec.position, reader.device, reader.dtype)
         self._embedding: Embedding | None = None
         self._head: Head | None = None
         self._final_norm: RmsNormLayer | None = None
-        tables = VocabTables(source.checkpoint, spec.vocab, parallel, source.device, source.dtype)
+        tables = VocabTables(reader, matmuls, spec.vocab, parallel)
         names = source.names
         is_first, is_last = layers.start == 0, layers.stop == spec.layers
         if is_first and is_last and spec.tied_head:
@@ -164,7 +164,7 @@ class Decoder:
             self._embedding = tables.embedding(names.embedding)
         self._layers = [DecoderLayer(number, spec, source, linear, parallel) for number in layers]
         if is_last:
-            self._final_norm = RmsNormLayer(source.vector(names.final_norm), spec.norm.eps)
+            self._final_norm = source.norm(names.final_norm, spec.norm.eps)
             self._head = self._head or tables.head(names.embedding if spec.tied_head else names.head)
         parts = (self._embedding, *self._layers, self._final_norm, self._head)
         self.num_bytes = sum(part.num_bytes for part in parts if part is not None)
