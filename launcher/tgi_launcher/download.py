@@ -32,6 +32,7 @@ _WORKERS = 4
 _TRIES = 5
 _PROGRESS_S = 2.0
 _HTTP_LIMIT = 50 * 10**9  # the Hub serves larger files through its own protocol only
+_CHUNK_BYTES = 2**20
 _SPARE_BYTES = 64 * 2**20
 
 _log = logging.getLogger("tgi_launcher")
@@ -78,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--remote-code", action="store_true", help="the repository's *.py too")
     parser.add_argument("--retry-delay", type=float, default=1.0, help="seconds before the first retry")
     args = parser.parse_args(argv)
-    logs.setup("tgi_launcher")
+    logs.setup("tgi_launcher", "WARNING").setLevel("INFO")  # HTTP libraries report every request at INFO
     try:
         download(args)
     except DownloadError as error:
@@ -88,8 +89,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def download(args: argparse.Namespace, disk_free: Callable[[Path], int] | None = None) -> Path:
     """The snapshot's directory. disk_free: free bytes where a path lies (tests). Raises DownloadError."""
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, constants
 
+    # What is read but not written yet is lost when the process is killed, and not seen as progress: write often.
+    constants.DOWNLOAD_CHUNK_SIZE = _CHUNK_BYTES
     started = time.monotonic()
     with explained(args.model_id, args.revision):
         info = retried(

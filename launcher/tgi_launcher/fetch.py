@@ -161,6 +161,8 @@ class Fetcher:
                     if record.get("done", 0) > done:
                         done, moved_s = record["done"], time.monotonic()
                     self._show(record)
+                case Record(sender, _) if sender is child:
+                    moved_s = time.monotonic()
                 case _:
                     pass
 
