@@ -62,6 +62,7 @@ class Engine:
         self._sampler = sampler
         self._faults = faults
         self._rank = rank
+        self._device = kv.layers[0][0].device
         self._specs = list(dict.fromkeys(model.attention_specs))
         self._next_step = 1
 
@@ -76,6 +77,8 @@ class Engine:
         if plan.step != self._next_step:
             raise StepOrder(f"step {plan.step} came, step {self._next_step} is next")
         self._faults.hit("step")
+        if self._device.type == "cuda":  # the current device belongs to the thread, and Triton launches there
+            torch.cuda.set_device(self._device)
         errors = self._rows.apply(admissions, plan)
         batch = self._rows.gather()
         started = time.perf_counter_ns()
