@@ -136,26 +136,27 @@ class Mixture:
 
 
 class Batches:
-    """`at(step)` gives the ids and targets of a step; `stages` maps a first step to the mixture from there on."""
+    """`at(step)` gives the ids and targets of a step; `stages` are the mixtures, each with its first step."""
 
-    def __init__(
-        self, corpus: Corpus, facts: list[Fact], tokenizer: Tokenizer, stages: list[tuple[int, Mixture]], seed: int
-    ) -> None:
-        self.stages = stages
-        render = chat_renderer(tokenizer)
-        library, tests = encode_files(tokenizer, corpus.library), encode_files(tokenizer, corpus.tests)
-        self.sources = {
-            mix.length: (
-                CodeRows(library, mix.length, seed + 1),
-                CodeRows(tests, mix.length, seed + 2),
-                ChatRows(facts, tokenizer, render, mix.length, seed + 3 + mix.length),
+    def __init__(self, corpus: Corpus, facts: list[Fact], tokenizer: Tokenizer, seed: int) -> None:
+        self.stages: list[tuple[int, Mixture]] = []
+        self.facts, self.tokenizer, self.seed = facts, tokenizer, seed
+        self.library, self.tests = encode_files(tokenizer, corpus.library), encode_files(tokenizer, corpus.tests)
+        self.render = chat_renderer(tokenizer)
+        self.sources: dict[int, tuple[CodeRows, CodeRows, ChatRows]] = {}
+
+    def rows_of(self, length: int) -> tuple[CodeRows, CodeRows, ChatRows]:
+        if length not in self.sources:
+            self.sources[length] = (
+                CodeRows(self.library, length, self.seed + 1),
+                CodeRows(self.tests, length, self.seed + 2),
+                ChatRows(self.facts, self.tokenizer, self.render, length, self.seed + 3 + length),
             )
-            for _, mix in stages
-        }
+        return self.sources[length]
 
     def at(self, step: int) -> tuple[Tensor, Tensor]:
         mix, counts = self.position(step)
-        library, tests, chat = self.sources[mix.length]
+        library, tests, chat = self.rows_of(mix.length)
         rows = [(library.row(counts[0] + i), None) for i in range(mix.library)]
         rows += [(tests.row(counts[1] + i), None) for i in range(mix.tests)]
         chats = [chat.row(counts[2] + i) for i in range(mix.chat)]

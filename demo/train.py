@@ -13,7 +13,7 @@ import math
 import os
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: idle threads must not spin on shared cores
@@ -35,37 +35,43 @@ PROGRESS_STEPS = 10
 VALIDATION_STEPS = 100
 
 
+# What each part of the training sees: from which progress on, and the mixture. Steps and rows are small first, as
+# progress goes with steps more than with tokens early on; then come longer rows, fewer tests and more chat.
+STAGES = [
+    (0.0, Mixture(library=2, tests=1, chat=1, length=1024)),
+    (0.1, Mixture(library=10, tests=4, chat=2, length=256)),
+    (0.3, Mixture(library=5, tests=2, chat=1, length=512)),
+    (0.6, Mixture(library=5, tests=1, chat=2, length=1024)),
+    (0.85, Mixture(library=3, tests=0, chat=1, length=MAX_POSITIONS)),
+]
+
+
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Steps and learning rates: warm-up, a constant stretch, then linearly to zero over the last `decay` of the steps.
+    """How long and how fast: the learning rates warm up, stay until progress `constant`, then fall linearly to zero.
 
-    `long` is the part at the end that runs on rows of MAX_POSITIONS tokens instead of 1024.
+    Progress is the part of the steps done, or of the minutes where those run out first: on a slow or busy machine the
+    training then has fewer steps, but ends in time and with its whole schedule.
     """
 
     steps: int
+    minutes: float
     matrix_lr: float
     embedding_lr: float
     warmup: int = 30
-    decay: float = 0.4
-    long: float = 0.15
+    constant: float = 0.2
     weight_decay: float = 0.1
 
-    def scale(self, step: int) -> float:
-        return min(1.0, (step + 1) / self.warmup, (self.steps - step) / (self.steps * self.decay))
+    def progress(self, step: int, seconds: float) -> float:
+        return max(step / self.steps, seconds / 60 / self.minutes)
 
-    def stages(self) -> list[tuple[int, Mixture]]:
-        """Mostly library code while the rate is constant; more of it, and more chat, while it falls."""
-        decay, long = round(self.steps * (1 - self.decay)), round(self.steps * (1 - self.long))
-        return [
-            (0, Mixture(library=8, tests=5, chat=3, length=1024)),
-            (decay, Mixture(library=10, tests=2, chat=4, length=1024)),
-            (long, Mixture(library=5, tests=1, chat=2, length=MAX_POSITIONS)),
-        ]
+    def scale(self, step: int, progress: float) -> float:
+        return min(1.0, (step + 1) / self.warmup, (1 - progress) / (1 - self.constant))
 
 
 RECIPES = {
-    "model": Recipe(steps=850, matrix_lr=0.007, embedding_lr=0.003),
-    "draft": Recipe(steps=850, matrix_lr=0.01, embedding_lr=0.004),
+    "model": Recipe(steps=2600, minutes=75, matrix_lr=0.007, embedding_lr=0.003),
+    "draft": Recipe(steps=2600, minutes=15, matrix_lr=0.01, embedding_lr=0.004),
 }
 
 
@@ -112,10 +118,10 @@ def build_optimizers(model: Decoder, recipe: Recipe) -> list[torch.optim.Optimiz
     ]
 
 
-def set_learning_rate(optimizers: list[torch.optim.Optimizer], recipe: Recipe, step: int) -> None:
+def set_learning_rate(optimizers: list[torch.optim.Optimizer], recipe: Recipe, scale: float) -> None:
     for optimizer, rate in zip(optimizers, (recipe.matrix_lr, recipe.embedding_lr), strict=True):
         for group in optimizer.param_groups:
-            group["lr"] = rate * recipe.scale(step)
+            group["lr"] = rate * scale
 
 
 def validation_sample(data: Data) -> tuple[Tensor, float]:
@@ -143,7 +149,7 @@ class Run:
         self.target, self.recipe, self.output = target, recipe, output / target
         self.model = Decoder(SHAPES[target])
         self.optimizers = build_optimizers(self.model, recipe)
-        self.batches = Batches(data.corpus, data.facts, data.tokenizer, recipe.stages(), SEED)
+        self.batches = Batches(data.corpus, data.facts, data.tokenizer, SEED)
         self.sample = validation_sample(data)
         self.checkpoint = work / f"{target}.pt"
         self.step, self.seconds = 0, 0.0
@@ -156,6 +162,7 @@ class Run:
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.step, self.seconds = state["step"], state["seconds"]
+        self.batches.stages = [(first, STAGES[i][1]) for i, first in enumerate(state["stage_starts"])]
         print(f"{self.target}: going on from step {self.step}", flush=True)
 
     def save(self) -> None:
@@ -165,6 +172,7 @@ class Run:
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "step": self.step,
             "seconds": self.seconds,
+            "stage_starts": [first for first, _ in self.batches.stages],
         }
         partial = self.checkpoint.with_suffix(".partial")
         torch.save(state, partial)
@@ -174,29 +182,37 @@ class Run:
     def train(self) -> None:
         recipe = self.recipe
         print(f"{self.target}: {count_parameters(self.model):,} parameters, {recipe.steps} steps", flush=True)
-        if self.step >= recipe.steps:
-            export(self.model, self.output)
-            return
         loss_of = torch.compile(self.model.loss, dynamic=False)
         saved, began, first = time.monotonic(), time.monotonic(), self.seconds
-        total, tokens, since = 0.0, 0, time.monotonic()
-        while self.step < recipe.steps:
+        total, tokens, count, since = 0.0, 0, 0, time.monotonic()
+        while self.progress < 1:
+            self.enter_stages()
             ids, targets = self.batches.at(self.step)
             total += self.update(loss_of, ids, targets)
             tokens += ids.numel()
-            self.step += 1
+            self.step, count = self.step + 1, count + 1
             now = time.monotonic()
             self.seconds = first + now - began
-            if self.step % PROGRESS_STEPS == 0 or self.step == recipe.steps:
-                self.report(total / PROGRESS_STEPS, tokens / (now - since), ids.numel())
-                total, tokens, since = 0.0, 0, time.monotonic()
+            if self.step % PROGRESS_STEPS == 0 or self.progress >= 1:
+                self.report(total / count, tokens / (now - since), (now - since) / count)
+                total, tokens, count, since = 0.0, 0, 0, time.monotonic()
             if now - saved > SAVE_SECONDS:
                 self.save()
                 saved = time.monotonic()
         self.save()
 
+    @property
+    def progress(self) -> float:
+        return self.recipe.progress(self.step, self.seconds)
+
+    def enter_stages(self) -> None:
+        while len(self.batches.stages) < len(STAGES) and self.progress >= STAGES[len(self.batches.stages)][0]:
+            mixture = STAGES[len(self.batches.stages)][1]
+            self.batches.stages.append((self.step, mixture))
+            print(f"{self.target}: from step {self.step} on {mixture}", flush=True)
+
     def update(self, loss_of: object, ids: Tensor, targets: Tensor) -> float:
-        set_learning_rate(self.optimizers, self.recipe, self.step)
+        set_learning_rate(self.optimizers, self.recipe, self.recipe.scale(self.step, self.progress))
         loss = loss_of(ids, targets)  # type: ignore[operator]
         loss.backward()
         nn.utils.clip_grad_norm_([self.model.embed_tokens.weight], 1.0)
@@ -205,11 +221,12 @@ class Run:
             optimizer.zero_grad()
         return loss.item()
 
-    def report(self, loss: float, rate: float, tokens_per_step: int) -> None:
-        eta = (self.recipe.steps - self.step) * tokens_per_step / rate / 60
-        line = f"{self.target} step {self.step}/{self.recipe.steps} loss {loss:.3f} {rate:.0f} tokens/s"
-        line += f" {self.seconds / 60:.1f} min, {eta:.1f} to go"
-        if self.step % VALIDATION_STEPS == 0 or self.step == self.recipe.steps:
+    def report(self, loss: float, tokens_per_second: float, seconds_per_step: float) -> None:
+        recipe = self.recipe
+        eta = min((recipe.steps - self.step) * seconds_per_step / 60, recipe.minutes - self.seconds / 60)
+        line = f"{self.target} step {self.step}/{recipe.steps} loss {loss:.3f} {tokens_per_second:.0f} tokens/s"
+        line += f" {self.seconds / 60:.1f} min, {max(eta, 0):.1f} to go"
+        if self.step % VALIDATION_STEPS == 0 or self.progress >= 1:
             line += f", held-out sample {validate(self.model, self.sample):.3f} bits per byte"
         print(line, flush=True)
 
@@ -217,7 +234,8 @@ class Run:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", choices=["model", "draft", "all"], default="all")
-    parser.add_argument("--steps", type=int, help="fewer or more steps than the recipe's")
+    parser.add_argument("--steps", type=int, help="at most so many steps instead of the recipe's")
+    parser.add_argument("--minutes", type=float, help="at most so many minutes instead of the recipe's")
     parser.add_argument("--work-dir", type=Path, default=HERE / ".work", help="checkpoints (default: demo/.work)")
     parser.add_argument("--output", type=Path, default=HERE / "tgi_demo", help="where the models go")
     parser.add_argument("--threads", type=int, default=2)
@@ -237,8 +255,8 @@ def main() -> None:
     arguments.work_dir.mkdir(parents=True, exist_ok=True)
     for target in ("model", "draft") if arguments.target == "all" else (arguments.target,):
         recipe = RECIPES[target]
-        if arguments.steps:
-            recipe = Recipe(arguments.steps, recipe.matrix_lr, recipe.embedding_lr)
+        steps, minutes = arguments.steps or recipe.steps, arguments.minutes or recipe.minutes
+        recipe = replace(recipe, steps=steps, minutes=minutes)
         Run(target, recipe, data, arguments.work_dir, arguments.output).train()
 
 
