@@ -19,8 +19,8 @@ from .logprobs import TopTokens, top_tokens
 from .penalties import History, penalise
 from .watermark import Watermark
 
-# Candidates looked at, in order, before the whole vocabulary is. On CPU only: whether they suffice must be read back.
-WINDOWS = (256, 4096)
+# Tokens looked at first when a row truncates. On CPU only: whether they suffice has to be read back.
+WINDOW = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +46,11 @@ class Sampled:
 class Sampler:
     """One per engine. Holds nothing between steps but the watermark's cached lists."""
 
-    def __init__(self, vocab_size: int, watermark: Watermark, windows: tuple[int, ...] = WINDOWS) -> None:
+    def __init__(self, vocab_size: int, watermark: Watermark, window: int = WINDOW) -> None:
+        """window: 0 = always look at the whole vocabulary."""
         self._vocab_size = vocab_size
         self._watermark = watermark
-        self._windows = windows
+        self._window = window
 
     def __call__(self, logits: Tensor, batch: SamplingBatch) -> Sampled:
         """logits `[N, V]` float32, which it may overwrite."""
@@ -84,7 +85,7 @@ class Sampler:
             return
         z = _rows_of(logits, index)
         ids = z.argmax(-1)
-        self._put(out, index, batch, ids, z.logsumexp(-1), z, None)
+        self._put(out, index, batch, ids, z.new_zeros(len(index)), z.log_softmax(-1), None)
 
     def _drawn(self, logits: Tensor, index: NDArray[np.int64], batch: SamplingBatch, out: Sampled) -> None:
         if len(index) == 0:
@@ -99,10 +100,8 @@ class Sampler:
         z = self._scaled(logits, index, batch)
         names = ("top_k", "top_p", "typical_p")
         limits = truncation.Limits(*upload([batch.params[name][index] for name in names], z.device))
-        for size in self._windows if z.device.type == "cpu" else ():
-            if size >= self._vocab_size or len(index) == 0:
-                break
-            z, limits, index = self._from_window(z, limits, index, size, batch, out)
+        if z.device.type == "cpu" and 0 < self._window < self._vocab_size:
+            z, limits, index = self._from_window(z, limits, index, batch, out)
         if len(index) == 0:
             return
         params = batch.params[index]
@@ -117,18 +116,17 @@ class Sampler:
         z: Tensor,
         limits: truncation.Limits,
         index: NDArray[np.int64],
-        size: int,
         batch: SamplingBatch,
         out: Sampled,
     ) -> tuple[Tensor, truncation.Limits, NDArray[np.int64]]:
-        """Draws for the rows whose survivors are among the `size` best; returns what is left of z, limits and index."""
+        """Draws for the rows whose survivors are in the window; returns what is left of z, limits and index."""
         params = batch.params[index]
-        tried = ((params["top_k"] > 0) & (params["top_k"] <= size)) | (params["top_p"] < 1)
+        tried = ((params["top_k"] > 0) & (params["top_k"] <= self._window)) | (params["top_p"] < 1)
         if not tried.any():
             return z, limits, index
         rows = torch.from_numpy(np.flatnonzero(tried))
         every = bool(tried.all())
-        values, ids, fits = truncation.in_window(z if every else z[rows], limits.select(rows), size)
+        values, ids, fits = truncation.in_window(z if every else z[rows], limits.select(rows), self._window)
         fitting = rows[fits].numpy()
         if len(fitting):
             if len(fitting) < len(values):
