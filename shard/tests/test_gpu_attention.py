@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from tgi_shard.attention import triton as triton_attention
 from tgi_shard.attention.base import AttentionBatch, AttentionSpec
 from tgi_shard.attention.flash_attn import FlashAttention, Version, layer_objections
-from tgi_shard.attention.triton import TritonAttention
+from tgi_shard.attention.triton import TritonAttention, _long_batch, compile_kernels
 from torch import Tensor
 
 pytest.importorskip("triton", reason="triton comes with torch for CUDA, or: pip install triton")
@@ -127,7 +128,7 @@ def dense(case: Case, spec: AttentionSpec) -> Tensor:
 
 
 def attend(case: Case, spec: AttentionSpec) -> Tensor:
-    backend = TritonAttention()
+    backend = TritonAttention(compile_early=False)
     if case.q.device.type == "cuda":  # on CPU the interpreter stands in, which nobody is served by
         assert backend.objections(spec, case.q.device, spec.dtype, case.batch.block_size) == []
     plan = backend.plan(case.batch, [spec])
@@ -208,16 +209,27 @@ def test_long_contexts_are_split_and_put_together_again(
 ) -> None:
     spec = make_spec(2, 1, window=window)
     case = make_case(spec, lengths, device)
-    launches = TritonAttention().plan(case.batch, [spec]).layers[spec].launches
+    launches = TritonAttention(compile_early=False).plan(case.batch, [spec]).layers[spec].launches
     assert window is not None or any(len(launch.groups) for launch in launches)
     check(spec, lengths, device)
+
+
+def test_the_warm_up_runs_every_kernel(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both sizes of tile, each with split contexts, so that both kernels are compiled for both."""
+    monkeypatch.setattr(triton_attention, "INTERPRETED", ((9, 0), 132))
+    monkeypatch.setattr(triton_attention, "LONG_CONTEXT", 512)
+    spec = make_spec(2, 1, dtype=torch.bfloat16)
+    launches = TritonAttention(compile_early=False).plan(_long_batch(spec, device, 16), [spec]).layers[spec].launches
+    assert len({launch.tile.rows for launch in launches}) == 2
+    assert all(len(launch.groups) for launch in launches)
+    compile_kernels(spec, device, 16)
 
 
 def test_layers_with_different_specs_share_one_plan(device: torch.device) -> None:
     """As in models that alternate sliding and full attention."""
     specs = [make_spec(), make_spec(window=9), make_spec(4, 2, alibi_slopes=(0.5, 0.25, 0.125, 0.0625))]
     case = make_case(specs[0], MIXED, device)
-    backend = TritonAttention()
+    backend = TritonAttention(compile_early=False)
     plan = backend.plan(case.batch, specs)
     for spec in specs:
         expected = dense(case, spec)
@@ -255,7 +267,7 @@ def test_padding_items_do_nothing(device: torch.device) -> None:
     spec = make_spec(2, 1)
     case = make_case(spec, [(1, 700), (1, 40)], device)
     expected = attend(case, spec)
-    plan = TritonAttention().plan(case.batch, [spec])
+    plan = TritonAttention(compile_early=False).plan(case.batch, [spec])
     layer = plan.layers[spec]
     padding = torch.full((3, 5), -1, dtype=torch.int32, device=device)
     padded = [
@@ -375,12 +387,10 @@ class FakeGpu:
     """A machine whose parts can be missing, as `attention/triton.py` asks about them."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from tgi_shard.attention import triton as module
-
         self.capability, self.compilers, self.header = (9, 0), {"gcc"}, Path(__file__)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: self.capability)
-        monkeypatch.setattr(module.shutil, "which", lambda name: name if name in self.compilers else None)
-        monkeypatch.setattr(module, "_python_header", lambda: self.header)
+        monkeypatch.setattr(triton_attention.shutil, "which", lambda name: name if name in self.compilers else None)
+        monkeypatch.setattr(triton_attention, "_python_header", lambda: self.header)
 
     def objections(self, spec: AttentionSpec, dtype: torch.dtype = torch.bfloat16) -> list[str]:
         return TritonAttention().objections(spec, torch.device("cuda"), dtype, BLOCK_SIZE)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 MAX_HEAD_DIM = 256
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 OLDEST_CAPABILITY = (8, 0)
+LONG_CONTEXT, LONGEST_TILE = 2048, 128  # keys that are surely split; rows of the largest tile
 INTERPRETED = (OLDEST_CAPABILITY, 2)  # the GPU that Triton's interpreter stands for: capability, multiprocessors
 
 
@@ -47,6 +48,10 @@ class TritonPlan:
 class TritonAttention:
     name = "triton"
 
+    def __init__(self, compile_early: bool = True) -> None:
+        """compile_early: the first plan, which belongs to the warm-up, compiles what any later step may need."""
+        self._compile_early = compile_early
+
     def objections(self, spec: AttentionSpec, device: torch.device, dtype: torch.dtype, block_size: int) -> list[str]:
         return [*_machine_objections(device), *_layer_objections(spec, dtype, block_size)]
 
@@ -55,6 +60,10 @@ class TritonAttention:
         from ..kernels.paged_attention import Requests, Scores
 
         device = batch.cu_query.device
+        if self._compile_early and device.type == "cuda":
+            self._compile_early = False
+            for spec in specs:
+                compile_kernels(spec, device, batch.block_size)
         interpreted = device.type == "cpu"
         hardware = INTERPRETED if interpreted else _hardware(device)
         work = {spec: _work(batch, spec, *hardware) for spec in specs}
@@ -88,6 +97,35 @@ class TritonAttention:
         store_kv(k, v, kv, batch.slots)
         layer = plan.layers[spec]
         return paged_attention(q, kv, plan.requests, layer.scores, layer.launches, plan.interpreted)
+
+
+def compile_kernels(spec: AttentionSpec, device: torch.device, block_size: int) -> None:
+    """Runs all kernels that layers of this spec may need, on zeros: no request then waits for a compiler."""
+    batch = _long_batch(spec, device, block_size)
+    heads = torch.zeros(
+        sum(batch.query_lengths), spec.num_heads + 2 * spec.num_kv_heads, spec.head_dim, dtype=spec.dtype, device=device
+    )
+    q, kv_heads = heads[:, : spec.num_heads], heads[:, spec.num_heads :]
+    k, v = kv_heads.chunk(2, 1)
+    pool = heads.new_zeros(1, block_size, spec.num_kv_heads, spec.head_dim)
+    backend = TritonAttention(compile_early=False)
+    backend.forward(q, k, v, (pool, pool), batch, backend.plan(batch, [spec]), spec)
+
+
+def _long_batch(spec: AttentionSpec, device: torch.device, block_size: int) -> AttentionBatch:
+    """One request for each size of tile, their contexts long enough to be split, all in block 0 and none written."""
+    query = [1, LONGEST_TILE * spec.num_kv_heads // spec.num_heads + 1]
+    num_blocks = -(-LONG_CONTEXT // block_size)
+    return AttentionBatch(
+        query_lengths=query,
+        context_lengths=[LONG_CONTEXT] * 2,
+        block_tables=[[0] * num_blocks] * 2,
+        cu_query=torch.tensor([0, 1, sum(query)], dtype=torch.int32, device=device),
+        context=torch.full((2,), LONG_CONTEXT, dtype=torch.int32, device=device),
+        block_table=torch.zeros(2, num_blocks, dtype=torch.int32, device=device),
+        slots=torch.full((sum(query),), -1, dtype=torch.int64, device=device),
+        block_size=block_size,
+    )
 
 
 def _work(
