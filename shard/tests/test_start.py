@@ -7,6 +7,7 @@ from pathlib import Path
 import driving
 import pytest
 import torch
+from safetensors.torch import load_file
 from tgi_shard import cli, start, warmup
 from tgi_shard.config import ShardConfig
 from tgi_shard.errors import RowProblem, StartError
@@ -254,14 +255,51 @@ def logged(capfd: pytest.CaptureFixture[str]):
 
 
 def test_download_weights_accepts_a_local_directory_that_has_them(model_dir: Path, logged):
-    status, messages = logged("download-weights", str(model_dir))
+    status, messages = logged("download-weights", str(model_dir), "--json-output")
     assert (status, messages) == (0, [f"safetensors weights are in {model_dir}"])
 
 
 def test_download_weights_without_conversion_refuses_bin_weights(tmp_path: Path, logged):
-    status, messages = logged("download-weights", str(tmp_path), "--no-auto-convert")
+    status, messages = logged("download-weights", str(tmp_path), "--no-auto-convert", "--json-output")
     assert status == 1
     assert messages == [f"{tmp_path} has no *.safetensors, and --no-auto-convert was given"]
+
+
+def test_download_weights_converts_and_writes_for_people_unless_asked_for_json(
+    model_dir: Path, tmp_path: Path, logged, capfd: pytest.CaptureFixture[str]
+):
+    (tmp_path / "config.json").write_text((model_dir / "config.json").read_text())
+    torch.save(load_file(model_dir / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["download-weights", str(tmp_path)])
+    assert caught.value.code == 0
+    assert f"INFO converted {tmp_path} to safetensors" in capfd.readouterr().out
+    converted = load_file(tmp_path / "model.safetensors")
+    assert all(
+        torch.equal(tensor, converted[name]) for name, tensor in load_file(model_dir / "model.safetensors").items()
+    )
+    assert logged("convert", str(tmp_path), "--json-output")[0] == 0
+
+
+def test_download_weights_takes_the_top_of_a_hub_repository(tmp_path: Path, logged, monkeypatch: pytest.MonkeyPatch):
+    calls = []
+
+    def snapshot_download(model_id: str, revision: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        calls.append((model_id, revision, "*.bin" in allow_patterns))
+        if "*.bin" not in allow_patterns:
+            (tmp_path / "model.safetensors").touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    status, messages = logged("download-weights", "org/model", "--revision", "main", "--json-output")
+    assert (status, messages) == (0, [f"safetensors weights are in {tmp_path}"])
+    assert calls == [("org/model", "main", False)]
+
+
+def test_merging_adapters_is_refused(tmp_path: Path, logged):
+    status, messages = logged("download-weights", str(tmp_path), "--merge-lora", "--json-output")
+    assert status == 1
+    assert messages[0].startswith("`--merge-lora` is not built yet")
 
 
 def test_serving_what_is_no_model_ends_with_the_cause(tmp_path: Path, logged):
