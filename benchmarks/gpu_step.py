@@ -21,6 +21,7 @@ from tgi_shard import attention, warmup
 from tgi_shard.attention import AttentionBackend
 from tgi_shard.faults import Faults
 from tgi_shard.kv_cache import KvCache, KvGeometry
+from tgi_shard.layers.weights import WeightReader
 from tgi_shard.models import llama
 from tgi_shard.models.decoder import Decoder, Source
 from tgi_shard.models.names import expected_tensors
@@ -69,8 +70,8 @@ class RandomCheckpoint:
 def make_decoder(bench: Bench, backend: AttentionBackend) -> Decoder:
     spec = llama.spec(bench.config)
     checkpoint = RandomCheckpoint(expected_tensors(spec, llama.NAMES, range(spec.layers)), bench.device, bench.dtype)
-    source = Source(checkpoint, llama.NAMES, bench.device, bench.dtype)  # type: ignore[arg-type]
-    return Decoder(spec, source, Parallel.single(), backend)
+    reader = WeightReader(checkpoint, bench.device, bench.dtype)  # type: ignore[arg-type]
+    return Decoder(spec, Source(reader, llama.NAMES), Parallel.single(), backend)
 
 
 def measure_model(bench: Bench, decoder: Decoder, lengths: list[tuple[int, int]]) -> Json:
