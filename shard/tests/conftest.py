@@ -27,9 +27,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device: pytest --device cuda"))
         return
-    on_gpu = [item for item in items if item.get_closest_marker("gpu") or "device" in getattr(item, "fixturenames", ())]
+    on_gpu = [item for item in items if item.get_closest_marker("gpu") or _takes_device(item)]
     config.hook.pytest_deselected(items=[item for item in items if item not in on_gpu])
     items[:] = on_gpu
+
+
+def _takes_device(item: pytest.Item) -> bool:
+    """Whether it uses the fixture below, rather than a parameter of the same name."""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    return "device" in getattr(item, "fixturenames", ()) and "device" not in parameters
 
 
 @pytest.fixture(scope="session")
