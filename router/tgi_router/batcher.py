@@ -199,7 +199,8 @@ class Batcher:
     async def _idle(self) -> None:
         """Waits for work; uses a longer pause to check the books."""
         try:
-            await asyncio.wait_for(self._wake.wait(), IDLE_CHECK_S)
+            async with asyncio.timeout(IDLE_CHECK_S):  # not wait_for, which can swallow a cancellation
+                await self._wake.wait()
         except TimeoutError:
             self._core.check_integrity()
             await self._wake.wait()
