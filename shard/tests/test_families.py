@@ -67,12 +67,15 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def make_reference(name: str) -> Any:
+    return make_model(*MODELS[name])
+
+
+def make_model(config_class: str, changes: dict[str, Any]) -> Any:
     """A random transformers model in fp32 and eager attention, biases and norms included."""
-    config_class, changes = MODELS[name]
     sizes = {key: value for key, value in {**SIZES, **changes}.items() if value is not None or key.endswith("_id")}
     if changes.get("sliding_window", 0) is None:
         sizes["sliding_window"] = None
-    torch.manual_seed(len(name))
+    torch.manual_seed(len(changes))
     config = getattr(transformers, config_class)(**sizes, attn_implementation="eager")
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
@@ -150,3 +153,18 @@ def test_a_request_in_a_crowd_computes_what_it_computes_alone(pair: tuple[Any, P
             done[name] += len(step[name])
     for name in prompts:
         close(torch.cat(got[name]), expected[name])
+
+
+def test_on_cpu_company_changes_no_bit(pair: tuple[Any, Path]) -> None:
+    """What the other rows of a step are makes no difference at all, whatever their number."""
+    _, directory = pair
+    decoder = load(directory)
+    if any(type(layer._qkv).__name__ != "PackedMatmul" for layer in decoder._layers):
+        pytest.skip("only oneDNN's packed product promises this")
+    prompts = {str(length): prompt(length, seed=length) for length in (1, 9, 30)}
+    together = Driver(decoder)
+    crowd = [together.step(prompts), *(together.step({key: [token] for key in prompts}) for token in (5, 6, 7))]
+    for name, ids in prompts.items():
+        alone = Driver(decoder)
+        steps = [alone.step({name: ids}), *(alone.step({name: [token]}) for token in (5, 6, 7))]
+        assert all(torch.equal(a[name], b[name]) for a, b in zip(steps, crowd, strict=True))

@@ -126,6 +126,11 @@ class Checkpoint:
             entry.shape
         )
 
+    def release(self) -> None:
+        """Takes the pages read so far off this process' account; what is still in use is mapped again when touched."""
+        for mapped in self._maps.values():
+            mapped.madvise(mmap.MADV_DONTNEED)
+
     def _map(self, file: Path) -> mmap.mmap:
         if file not in self._maps:
             with file.open("rb") as handle:

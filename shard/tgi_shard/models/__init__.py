@@ -69,6 +69,7 @@ def load_model(
     ignorable = names.ignorable + ((rf"{re.escape(names.head)}\.weight",) if spec.tied_head else ())
     checkpoint.check(expected_tensors(spec, names, range(spec.layers)), ignorable)
     decoder = Decoder(spec, Source(WeightReader(checkpoint, device, dtype), names), parallel, backend)
+    checkpoint.release()
     logger.info("Loaded %s: %d layers, %.2f GiB of weights", spec.model_type, spec.layers, decoder.num_bytes / 2**30)
     return decoder
 
