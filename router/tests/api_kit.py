@@ -10,8 +10,9 @@ without a server: `api.expected(...)`.
 import asyncio
 import contextlib
 import json
+import socket
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
@@ -96,6 +97,7 @@ class Api:
     http: aiohttp.ClientSession
     url: str
     tokenizer: Tokenizer
+    send_buffer: Callable[[int], None]  # limits what the kernel holds for a client of a later connection, bytes
 
     async def request(self, method: str, path: str, **options: Any) -> Answer:
         async with self.http.request(method, self.url + path, **options) as response:
@@ -149,11 +151,20 @@ async def serving(*, model: dict[str, Any] | None = None, **changes: Any) -> Asy
         metrics = Metrics()
         batcher = Batcher(config, metrics)
         server = await cli.start(config, batcher, metrics)
-        host = TestServer(app.build(server))
+        listener = socket.socket()
+        listener.bind(("127.0.0.1", 0))
+        host = TestServer(app.build(server), socket_factory=lambda *_: listener)
         await host.start_server(shutdown_timeout=1.0)
         try:
             async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http:
-                yield Api(server, group, http, str(host.make_url("")).rstrip("/"), Tokenizer.from_str(tiny_tokenizer()))
+                yield Api(
+                    server,
+                    group,
+                    http,
+                    url=str(host.make_url("")).rstrip("/"),
+                    tokenizer=Tokenizer.from_str(tiny_tokenizer()),
+                    send_buffer=lambda size: listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size),
+                )
         finally:
             await batcher.stop()
             await host.close()

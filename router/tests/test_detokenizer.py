@@ -178,8 +178,13 @@ def test_a_decoder_that_does_more_than_the_table_knows_is_not_trusted() -> None:
         else:
             library.decoder = decoder
         assert not Vocabulary(library).is_bytes
-    # a byte-level decoder on a vocabulary whose normal form differs is found out by the comparison
     assert Vocabulary(metaspace()).is_bytes
     library = Tokenizer.from_str(metaspace().to_str())
     library.decoder = decoders.Sequence([decoders.Metaspace(), decoders.Replace(Regex("c"), "d")])
+    assert not Vocabulary(library).is_bytes
+
+
+def test_a_table_that_disagrees_with_the_library_is_found_out() -> None:
+    library = Tokenizer.from_str(byte_fallback().to_str())
+    library.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip("a", 0, 1)])
     assert not Vocabulary(library).is_bytes

@@ -86,7 +86,7 @@ def error_object(error: ApiError, *, openai: bool) -> dict[str, Any]:
             "message": error.message,
             "type": error.openai_type,
             "param": error.param,
-            "code": error.openai_code,
+            "code": error.code,
             "http_status_code": http_status(error, openai=True),
         },
         "error_type": error.error_type,

@@ -61,6 +61,7 @@ async def serve(config: RouterConfig) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    logger.info("Waiting for shards at %s", config.master_shard_uds_path)
     metrics = Metrics()
     batcher = Batcher(config, metrics)
     starting = asyncio.create_task(start(config, batcher, metrics))

@@ -21,6 +21,7 @@ class ApiError(Exception):
     """A request's failure that its client may see.
 
     param: the request field at fault, in OpenAI's error object. retry_after_s: whole seconds for `Retry-After`.
+    code: OpenAI's `error.code`, when the class' own is too general.
     """
 
     status: ClassVar[int] = 500
@@ -31,8 +32,11 @@ class ApiError(Exception):
     prefix: ClassVar[str] = ""  # stands before the sentence, as in TGI
     failure: ClassVar[FailureLabel | None] = None  # label of tgi_request_failure; None = not counted
 
-    def __init__(self, message: str, *, param: str | None = None, retry_after_s: int | None = None) -> None:
+    def __init__(
+        self, message: str, *, param: str | None = None, retry_after_s: int | None = None, code: str | None = None
+    ) -> None:
         super().__init__(self.prefix + message)
+        self.code = code or self.openai_code
         self.message = self.prefix + message
         self.param = param
         self.retry_after_s = retry_after_s

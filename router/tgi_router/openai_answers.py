@@ -37,11 +37,12 @@ def finish_reason(choice: Choice) -> openai.FinishReasonName:
     return "length" if choice.finished_for is FinishReason.LENGTH else "stop"
 
 
-def usage(choices: Sequence[Choice], copies: int) -> openai.Usage:
-    """Of the whole answer, or so far. A prompt counts once, however many choices continue it."""
+def usage(choices: Sequence[Choice], copies: int, completion: int | None = None) -> openai.Usage:
+    """A prompt counts once, however many choices continue it. completion: tokens so far; None = of the whole answer."""
     prompt = sum(len(choice.validated.request.token_ids) for choice in choices[::copies])
     cached = sum(choice.request.num_cached_tokens for choice in choices[::copies] if choice.request is not None)
-    completion = sum(choice.num_tokens for choice in choices)
+    if completion is None:
+        completion = sum(choice.num_tokens for choice in choices)
     return openai.Usage(prompt, completion, prompt + completion, openai.PromptTokensDetails(cached))
 
 
@@ -62,6 +63,14 @@ def chat_logprob(vocabulary: Vocabulary, token: GeneratedToken, num_top: int) ->
     )
 
 
+def _key(vocabulary: Vocabulary, token_id: int) -> str:
+    """A token as the key of an object: parts of characters would all be U+FFFD, so OpenAI shows their bytes."""
+    text = vocabulary.text(token_id)
+    if "\ufffd" not in text:
+        return text
+    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in vocabulary.bytes(token_id))
+
+
 def completion_logprobs(
     vocabulary: Vocabulary, tokens: Sequence[GeneratedToken], num_top: int, offset: int = 0
 ) -> openai.CompletionLogprobs:
@@ -74,7 +83,7 @@ def completion_logprobs(
         tokens=[token.text for token in tokens],
         token_logprobs=[logprob(token.logprob) for token in tokens],
         top_logprobs=[
-            {vocabulary.text(token_id): logprob(value) for token_id, value in token.top[:num_top]} for token in tokens
+            {_key(vocabulary, token_id): logprob(value) for token_id, value in token.top[:num_top]} for token in tokens
         ],
         text_offset=offsets,
     )

@@ -113,6 +113,7 @@ class Validator:
                 f"`inputs` tokens + `max_new_tokens` must be <= {total}. Given: {num_input_tokens} `inputs` tokens "
                 f"and {piece} `max_new_tokens`. `--max-total-tokens` raises the limit",
                 param="max_new_tokens",
+                code="context_length_exceeded",
             )
         if num_input_tokens > self.limits.max_input_tokens:
             raise _too_long(self.limits.max_input_tokens, str(num_input_tokens))
@@ -133,4 +134,5 @@ def _too_long(limit: int, given: str) -> ValidationError:
     return ValidationError(
         f"`inputs` must have less than {limit} tokens. Given: {given}. `--max-input-tokens` raises the limit",
         param="inputs",
+        code="context_length_exceeded",
     )

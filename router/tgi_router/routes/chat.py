@@ -175,6 +175,7 @@ class _Answer:
         self._copies = copies
         self._usage_at_end = body.include_usage
         self._usage_always = body.continuous_usage
+        self._num_tokens = 0  # in chunks so far
         identity = self._identity
         self._head = (
             b'data: {"object":"chat.completion.chunk","id":%b,"created":%d,"model":%b,"system_fingerprint":%b,'
@@ -215,7 +216,10 @@ class _Answer:
             role = b'"role":"assistant",'
         reason = _encode(finish_reason(choice)) if token is choice.last_token else b"null"
         logprobs = _encode(self._chat_logprobs([token])) if self._logprobs else b"null"
-        so_far = _encode(usage(choice.siblings, self._copies)) if self._usage_always else b"null"
+        self._num_tokens += 1
+        so_far = b"null"
+        if self._usage_always:
+            so_far = _encode(usage(choice.siblings, self._copies, self._num_tokens))
         return (
             b'%b"choices":[{"index":%d,"delta":{%b"content":%b},"logprobs":%b,"finish_reason":%b}],"usage":%b}\n\n'
         ) % (self._head, choice.index, role, _encode(token.shown), logprobs, reason, so_far)

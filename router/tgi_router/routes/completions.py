@@ -128,6 +128,7 @@ class _Answer:
         self._copies = copies
         self._usage_at_end = body.include_usage
         self._usage_always = body.continuous_usage
+        self._num_tokens = 0  # in chunks so far
         self._offsets: dict[int, int] = {}  # choice -> characters sent
         start = b'data: {"object":"text_completion","id":%b,"created":%d,' % (_encode(identity.id), identity.created)
         names = b'"model":%b,"system_fingerprint":%b' % (_encode(identity.model), _encode(identity.system_fingerprint))
@@ -170,8 +171,9 @@ class _Answer:
             b"null" if self._num_top is None else _encode(self._logprobs(choice, [token])),
             _encode(finish_reason(choice)) if is_last else b"null",
         )
+        self._num_tokens += 1
         if self._usage_always:
-            numbers = usage(choice.siblings, self._copies)
+            numbers = usage(choice.siblings, self._copies, self._num_tokens)
         elif is_last and not self._usage_at_end:  # TGI's: the last chunk of a prompt has its usage
             numbers = usage([choice], 1)
         else:
