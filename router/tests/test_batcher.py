@@ -392,6 +392,15 @@ async def test_draining_survives_a_crash(batcher: Batcher, group: FakeGroup) -> 
     assert batcher.state is State.DRAINING
 
 
+async def test_draining_does_not_wait_for_lost_shards_when_nothing_is_left(batcher: Batcher, group: FakeGroup) -> None:
+    request, _ = submit(batcher, make_valid(6, 200))
+    await group.kill()
+    await until(lambda: batcher.state is State.RECOVERING)
+    draining = asyncio.create_task(batcher.drain())
+    batcher.cancel(request)
+    await asyncio.wait_for(draining, 5)
+
+
 async def test_stopping_tells_those_who_are_left(batcher: Batcher, group: FakeGroup) -> None:
     for server in group.servers:
         server.may_answer = asyncio.Event()

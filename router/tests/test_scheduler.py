@@ -288,6 +288,18 @@ def test_who_waits_for_a_prefix_does_not_hold_up_the_others() -> None:
     assert waits.phase is Phase.WAITING
 
 
+def test_who_waits_for_a_prefix_is_admitted_although_one_behind_does_not_fit() -> None:
+    sim = Simulation(max_step_tokens=8, num_blocks=12, block_size=4)
+    sim.submit(make_valid(20, 20))
+    waits = sim.submit(make_valid(18, 3))
+    large = sim.submit(make_valid([99] * 30, 3))
+    for _ in range(3):
+        sim.step()
+    assert waits.phase is Phase.RUNNING
+    assert waits.num_cached_tokens == 16
+    assert large.phase is Phase.WAITING
+
+
 # ---- prompt log-probabilities
 
 

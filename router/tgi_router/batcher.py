@@ -126,14 +126,21 @@ class Batcher:
     def cancel(self, request: Request) -> None:
         """Ends a request whose client left: no sink call follows. Nothing happens when it is already over."""
         self._core.finish(request, time.monotonic())
+        self._note_drained()
         self._wake.set()
 
     async def drain(self) -> None:
         """From now on refuses new requests; returns when the last one has ended."""
         self._draining = True
         self._enter(State.DRAINING, "draining: running requests are finished, new ones refused")
+        self._note_drained()
         self._wake.set()
         await self._drained.wait()
+
+    def _note_drained(self) -> None:
+        """Also while the shards are gone: nobody waits for their return when there is nothing to finish."""
+        if self._draining and (self._scheduler is None or self._scheduler.is_idle):
+            self._drained.set()
 
     async def stop(self) -> None:
         """Ends the loop and the connections. Requests that are left get `failed(IncompleteGeneration())`."""
@@ -177,8 +184,7 @@ class Batcher:
         while True:
             while self._may_send() and self._send():
                 pass
-            if self._draining and self._core.is_idle:
-                self._drained.set()
+            self._note_drained()
             if in_flight or not self._core.is_idle:
                 await wake.wait()
             else:

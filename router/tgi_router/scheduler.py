@@ -68,7 +68,7 @@ class Scheduler:
         self._forget: list[int] = []
         self._step = 0
         self._suspects: list[Request] = []  # in flight at a crash, nothing produced since; by id
-        self._full_at = -1  # blocks.num_releases when the head of the queue last did not fit
+        self._full: tuple[Request, int] | None = None  # who last did not fit, and blocks.num_releases then
         self._use(limits)
 
     def _use(self, limits: Limits) -> None:
@@ -123,7 +123,6 @@ class Scheduler:
                 request.row = False
         else:
             self.waiting.remove(request)
-            self._full_at = -1  # the next in the queue may need less
 
     def _wait(self, request: Request) -> None:
         """Into the queue, by arrival: those who come back are older than almost all who have not run yet."""
@@ -248,13 +247,13 @@ class Scheduler:
         """
         admitted: list[Request] = []
         passed_over: list[Request] = []
-        while self.waiting and len(self.running) < self._max_running and self._full_at != self.blocks.num_releases:
+        while self.waiting and len(self.running) < self._max_running:
             request = self.waiting[0]
-            if request.num_unanswered_steps:
+            if request.num_unanswered_steps or self._full == (request, self.blocks.num_releases):
                 break
             result = self.blocks.admit(request, reserve=self._reserve())
             if result is Admit.FULL:
-                self._full_at = self.blocks.num_releases
+                self._full = (request, self.blocks.num_releases)
                 break
             self.waiting.popleft()
             if result is Admit.COMPUTING:
@@ -360,7 +359,7 @@ class Scheduler:
     def resume(self, limits: Limits, now: float) -> list[tuple[Request, ValidationError]]:
         """New shards, empty, perhaps with another pool. Ends and returns the requests that no longer fit into it."""
         self._use(limits)
-        self._full_at = -1
+        self._full = None
         too_long = [request for request in self.waiting if not self._fits(request)]
         for request in too_long:
             self.finish(request, now)

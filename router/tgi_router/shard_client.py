@@ -10,7 +10,6 @@ import contextlib
 import logging
 import os
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable
 
 import grpc
@@ -65,7 +64,7 @@ class ShardedClient:
         self._on_lost = on_lost
         self._shards: list[_Shard] = []
         self._watchers: list[asyncio.Task[None]] = []
-        self._unanswered: deque[float] = deque()  # when each step in flight was sent
+        self._num_unanswered = 0  # steps
         self._oldest_since_s = 0.0  # when the oldest of them became the oldest
         self._lost_pids: frozenset[int] = frozenset()
         self.lost: ShardsLost | None = None
@@ -102,7 +101,7 @@ class ShardedClient:
                     survivor_since = now
             await self._close_channels()
             await asyncio.sleep(RETRY_S)
-        self._unanswered.clear()
+        self._num_unanswered = 0
         self._watchers = [
             asyncio.create_task(watch) for shard in self._shards for watch in (self._watch(shard), self._ping(shard))
         ]
@@ -150,10 +149,9 @@ class ShardedClient:
         The task yields rank 0's answer with the row errors of all ranks, or raises ShardsLost.
         """
         calls = [shard.steps[method](message) for shard in self._shards]
-        now = time.monotonic()
-        if not self._unanswered:
-            self._oldest_since_s = now
-        self._unanswered.append(now)
+        if not self._num_unanswered:
+            self._oldest_since_s = time.monotonic()
+        self._num_unanswered += 1
         return asyncio.create_task(self._receive(calls, step))
 
     async def _receive(self, calls: list[Awaitable[pb.StepResponse]], step: int) -> pb.StepResponse:
@@ -162,8 +160,7 @@ class ShardedClient:
         else:
             answers = await asyncio.gather(*(self._one(rank, call) for rank, call in enumerate(calls)))
         self._oldest_since_s = time.monotonic()
-        if self._unanswered:
-            self._unanswered.popleft()
+        self._num_unanswered -= 1
         first = answers[0]
         if first.step != step:
             raise self._lose(self._disagree(f"step {step} was answered with step {first.step}"))
@@ -219,7 +216,7 @@ class ShardedClient:
                     self._lose(ShardsLost(f"rank {shard.rank}: {error.details()}"))
                 return
             now = shard.answered_s = time.monotonic()
-            if self._unanswered and now - self._oldest_since_s > self._deadline_s:
+            if self._num_unanswered and now - self._oldest_since_s > self._deadline_s:
                 self._lose(self._overdue(now))
                 return
             await asyncio.sleep(PING_S)
