@@ -173,8 +173,8 @@ def launch(tmp_path: Path, model_dir: Path) -> Iterator[Callable[..., Launched]]
 
     yield start
     for launched in started:
-        pids = launched.all_pids()
         if launched.process.poll() is None:
             launched.process.kill()
             launched.ends()
-        assert eventually(lambda pids=pids: not any(map(is_alive, pids))), "a child outlived its launcher"
+    pids = [pid for launched in started for pid in launched.all_pids()]
+    assert eventually(lambda: not any(map(is_alive, pids))), "a child outlived its launcher"

@@ -14,7 +14,7 @@ DUMP = 'Fatal Python error: Segmentation fault\n\nCurrent thread 0x1 (most recen
 
 
 def death(returncode: int, **values: str) -> Death:
-    return Death("shard-1", returncode, **values)  # type: ignore[arg-type]
+    return Death("shard-1", returncode, **values)
 
 
 def test_the_kernels_killer_is_named_with_its_figures() -> None:

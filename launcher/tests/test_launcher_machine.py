@@ -305,7 +305,7 @@ def test_a_guard_that_was_killed_is_no_obstacle() -> None:
 
 def test_a_child_whose_parent_is_gone_does_not_start() -> None:
     script = Path(exec_child.__file__)
-    done = subprocess.run([sys.executable, "-I", "-S", str(script), "1", "true"], timeout=30)
+    done = subprocess.run([sys.executable, "-I", "-S", str(script), "999999999", "true"], timeout=30)
     assert done.returncode == 1
 
 

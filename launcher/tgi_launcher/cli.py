@@ -11,7 +11,6 @@ import signal
 import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from importlib import metadata
 from typing import Any, Literal
 
 import click
@@ -25,6 +24,8 @@ _LIMITS = {Kind.USIZE: 2**64 - 1, Kind.U64: 2**64 - 1, Kind.U32: 2**32 - 1, Kind
 
 def version() -> str:
     """Version of the installed distribution."""
+    from importlib import metadata  # not at the top: it imports half of the standard library
+
     return metadata.version("text-generation-inference")
 
 

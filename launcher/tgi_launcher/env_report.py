@@ -4,7 +4,6 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Mapping
-from importlib import metadata
 
 from .memory_fit import gib
 from .resources import Machine, cpu_flags, shm_bytes
@@ -25,6 +24,8 @@ _FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16
 
 def package_version(name: str) -> str:
     """Installed version of a distribution, without importing it."""
+    from importlib import metadata  # not at the top: it imports half of the standard library
+
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

@@ -33,7 +33,7 @@ from .limits import Resolved
 from .plan import LaunchPlan, make_plan, num_shards
 from .process import Exited, Record
 from .resources import Machine
-from .supervisor import Settings, Signalled, Supervisor, peak_rss_bytes
+from .supervisor import Settings, Signalled, Supervisor, peak_rss_bytes, reachable
 
 _log = logging.getLogger("tgi_launcher")
 _DEFAULT_PROGRAMS = Programs()
@@ -186,11 +186,10 @@ def _settings(launch: Launch, plan: LaunchPlan, runtime_dir: Path, guard: Guard)
 
 
 def curl_line(address: str, *, with_key: bool) -> str:
-    """A request to try. 0.0.0.0 is where we listen, not where one can call."""
-    url = address.replace("0.0.0.0", "127.0.0.1").replace("[::]", "[::1]")
+    """A request to try."""
     key = ' -H "Authorization: Bearer $API_KEY"' if with_key else ""
     body = '{"inputs": "def fibonacci(n):", "parameters": {"max_new_tokens": 40}}'
-    return f"curl {url}/generate -H 'Content-Type: application/json'{key} -d '{body}'"
+    return f"curl {reachable(address)}/generate -H 'Content-Type: application/json'{key} -d '{body}'"
 
 
 def _evidence_of(machine: Machine, plan: LaunchPlan) -> Callable[[], Evidence]:

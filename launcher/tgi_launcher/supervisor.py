@@ -201,7 +201,8 @@ class Supervisor:
         startup = self._startups[self._shards.index(child)]
         if record["event"] == "phase":
             startup.enter(str(record.get("phase")), now)
-            self._show_progress(now)
+            if self._console.is_terminal:  # elsewhere the shard's own line says it
+                self._show_progress(now)
             if startup.ready:
                 _log.info("Shard ready in %.2f s (%s: %s)", startup.total_s, child.name, startup.summary())
             if all(s.ready for s in self._startups):
@@ -212,10 +213,10 @@ class Supervisor:
             self._show_progress(now)
 
     def _show_progress(self, now: float) -> None:
-        text = ", ".join(f"{c.name}: {s.describe()}" for c, s in zip(self._shards, self._startups, strict=True))
+        text = ", ".join(f"{child.name}: {startup.describe()}" for child, startup in self._starting())
         if self._console.is_terminal:
-            self._console.status("" if all(s.ready for s in self._startups) else text)
-        elif now - self._noted_s >= PROGRESS_NOTE_S:
+            self._console.status(text)
+        elif text and now - self._noted_s >= PROGRESS_NOTE_S:
             self._noted_s = now
             _log.info("%s", text)
 
@@ -230,10 +231,14 @@ class Supervisor:
         address = self._address or ""
         slowest = max(self._startups, key=lambda startup: startup.total_s)
         spawned = slowest.started_s - self._settings.begun_s
-        total = time.monotonic() - self._settings.begun_s
-        _log.info("Ready in %.2f s: launcher %.2f s, shard %s", total, spawned, slowest.summary())
+        now = time.monotonic()
+        _log.info(
+            "Ready in %.2f s: launcher %.2f s, shard %s, router %.2f s",
+            now - self._settings.begun_s, spawned, slowest.summary(), now - slowest.entered_s,
+        )  # fmt: skip
         if self._console.is_terminal:
-            self._console.plain(f"\n  Serving at {address}   (Ctrl-C to stop)\n\n  {self._settings.curl(address)}\n")
+            self._console.plain(f"\n  Serving at {reachable(address)}   (Ctrl-C to stop)\n")
+            self._console.plain(f"  {self._settings.curl(address)}\n")
         else:
             _log.info("Serving at %s", address)
             _log.info("Try: %s", self._settings.curl(address))
@@ -342,6 +347,11 @@ class Supervisor:
         await asyncio.gather(*(shard.stop(SHARD_STOP_S, "the launcher is stopping") for shard in self._shards))
         for rank in range(len(self._settings.shards)):
             remove(socket_path(self._settings.uds_path, rank))
+
+
+def reachable(address: str) -> str:
+    """`address` as one can call it from this machine: 0.0.0.0 is where a server listens, not where it is."""
+    return address.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
 
 
 async def next_event(queue: "asyncio.Queue[Event]", deadline_s: float) -> Event | None:
