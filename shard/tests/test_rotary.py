@@ -112,6 +112,9 @@ def test_the_longest_context_counts_the_scaling_where_the_config_does_not() -> N
         ({"rope_scaling": {"type": "longrope"}}, "rope type 'longrope' is not supported"),
         ({"rope_scaling": {"type": "linear"}}, "`factor` is missing"),
         ({"rope_scaling": "linear"}, "the rope parameters are 'linear'"),
+        ({"head_dim": 7}, "need an even head size, but it is 7"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantized with 'gptq' are not supported yet"),
+        ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 0}, "`sliding_window` is 0"),
         ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4, "layer_types": []}, None),
         (
             {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4, "layer_types": ["x"]},

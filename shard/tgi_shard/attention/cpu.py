@@ -13,9 +13,11 @@ Several query tokens (a prompt chunk) at positions p0 .. p1-1, with window W:
 Chunks longer than W-1 tokens are cut, so that the three never overlap. Without a window there is no edge.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -207,16 +209,17 @@ def _pieces(batch: AttentionBatch, request: int, begin: int, end: int) -> list[P
             pieces.append(_gathered(batch, request, max(begin, pending * size), min(end, block_end * size)))
             pending = block_end
 
-    block = pending
-    while block < last:
-        run_end = block + 1
-        while run_end < last and table[run_end] == table[run_end - 1] + 1:
-            run_end += 1
-        low, high = max(begin, block * size), min(end, run_end * size)
+    for run, run_end in _runs(table, pending, last):
+        low, high = max(begin, run * size), min(end, run_end * size)
         if high - low >= VIEW_TOKENS or (low == begin and high == end):
-            gather(block)
-            pieces.append(Piece(table[block] * size + low - block * size, high - low))
+            gather(run)
+            pieces.append(Piece(table[run] * size + low - run * size, high - low))
             pending = run_end
-        block = run_end
     gather(last)
     return pieces
+
+
+def _runs(table: list[int], first: int, last: int) -> Iterator[tuple[int, int]]:
+    """The longest ranges, in order, of entries first .. last-1 of a block table that name consecutive blocks."""
+    breaks = np.flatnonzero(np.diff(np.array(table[first:last])) != 1) + first + 1
+    return pairwise([first, *breaks.tolist(), last])

@@ -81,6 +81,9 @@ def describe(
     model_type = hf.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise StartError(f"config.json: `model_type` is {model_type!r}; supported are {', '.join(FAMILIES)}.")
+    if hf.get("quantization_config"):
+        method = hf["quantization_config"].get("quant_method") if isinstance(hf["quantization_config"], dict) else None
+        raise StartError(f"config.json: checkpoints quantized with {method!r} are not supported yet; use the original.")
     family = cast(Family, importlib.import_module(f".{FAMILIES[model_type]}", __name__))
     spec = family.spec(hf)
     if rope_scaling is not None or rope_factor is not None:  # a factor alone means linear, as in TGI

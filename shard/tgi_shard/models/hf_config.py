@@ -80,6 +80,8 @@ def activation(hf: HfConfig) -> Activation:
 
 def rope(hf: HfConfig, head_dim: int) -> Rope:
     """`rope_parameters` (transformers 5) or `rope_theta` beside `rope_scaling` (before)."""
+    if head_dim % 2:
+        raise StartError(f"config.json: rotary positions need an even head size, but it is {head_dim}.")
     parameters = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     if not isinstance(parameters, dict):
         raise StartError(f"config.json: the rope parameters are {parameters!r}, expected an object.")
