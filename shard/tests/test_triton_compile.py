@@ -23,10 +23,10 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def compile_for(capability: tuple[int, int], tmp_path: Path, *arguments: str) -> list[dict[str, Any]]:
-    script = Path(__file__).with_name("compile_triton.py")
+def run(script: str, *arguments: str) -> list[dict[str, Any]]:
+    """The JSON lines that a script beside this file prints, in a process that does not interpret its kernels."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(script), *map(str, capability), *arguments]
+    command = [sys.executable, str(Path(__file__).with_name(script)), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -44,13 +44,19 @@ def check(capability: tuple[int, int], reports: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=["ampere", "hopper"])
-def test_kernels_compile_without_spilling(capability: tuple[int, int], tmp_path: Path) -> None:
-    reports = compile_for(capability, tmp_path)
+def test_kernels_compile_without_spilling(capability: tuple[int, int]) -> None:
+    reports = run("compile_triton.py", *map(str, capability))
     assert len(reports) >= 14
     check(capability, reports)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (9, 0)], ids=["a100", "a10", "h100"])
-def test_every_tile_with_every_feature_compiles_without_spilling(capability: tuple[int, int], tmp_path: Path) -> None:
-    check(capability, compile_for(capability, tmp_path, "full"))
+def test_every_tile_with_every_feature_compiles_without_spilling(capability: tuple[int, int]) -> None:
+    check(capability, run("compile_triton.py", *map(str, capability), "full"))
+
+
+def test_no_step_after_the_warm_up_needs_a_compiler() -> None:
+    (compiled,) = run("launch_triton.py")
+    assert compiled["warm-up"] == ["_attention_kernel"] * 2 + ["_combine_kernel"] * 2 + ["_store_kernel"]
+    assert compiled["later"] == []
