@@ -3,9 +3,11 @@
 import json
 from typing import Any
 
+import huggingface_hub
 import pytest
 from api_kit import Answer, serving
 from fake_shard import logprob
+from huggingface_hub.errors import TextGenerationError
 
 PROMPT = "hello world"
 
@@ -254,3 +256,28 @@ async def test_more_tokens_than_fit_end_with_length_and_just_too_many_are_refuse
             "Input validation error: `inputs` tokens + `max_new_tokens` must be <= 1100. "
             f"Given: {given} `inputs` tokens and 1024 `max_new_tokens`"
         )
+
+
+async def test_the_hubs_client_reads_answers_streams_and_errors() -> None:
+    async with serving() as api:
+        client = huggingface_hub.AsyncInferenceClient(base_url=api.url)
+        options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False}
+        text = api.expected_text(PROMPT, 5)
+        assert await client.text_generation(PROMPT, **options, return_full_text=False) == text
+        detailed = await client.text_generation(PROMPT, **options, details=True, decoder_input_details=True)
+        assert detailed.details.generated_tokens == 5
+        assert len(detailed.details.prefill) == len(api.encode(PROMPT))
+        tokens = [token async for token in await client.text_generation(PROMPT, **options, stream=True)]
+        assert "".join(tokens) == text
+        with pytest.raises(TextGenerationError, match="strictly positive"):
+            await client.text_generation(PROMPT, max_new_tokens=5, temperature=0.0)
+        with pytest.raises(TextGenerationError, match="strictly positive"):
+            async for _ in await client.text_generation(PROMPT, max_new_tokens=5, temperature=0.0, stream=True):
+                pass
+        chat = await client.chat_completion([{"role": "user", "content": "hello"}], max_tokens=5, temperature=0)
+        assert chat.choices[0].finish_reason == "length"
+        messages = [{"role": "user", "content": "hello"}]
+        stream = await client.chat_completion(messages, max_tokens=5, temperature=0, stream=True)
+        pieces = [chunk.choices[0].delta.content async for chunk in stream]
+        assert "".join(pieces) == chat.choices[0].message.content
+        await client.close()

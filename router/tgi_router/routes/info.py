@@ -3,7 +3,7 @@
 import msgspec
 from aiohttp import web
 
-from ..bodies import json_response, parse
+from ..bodies import JSON, json_response, parse
 from ..errors import Unhealthy
 from ..metrics import CONTENT_TYPE
 from ..schemas import tgi
@@ -68,5 +68,9 @@ async def tokenize(request: web.Request) -> web.Response:
     """The prompt's tokens with their places; like TGI, no permit is needed and `truncate` plays no part."""
     server = request.app[SERVER]
     body = await parse(request, _generate_decoder)
-    tokens = await server.tokenizer.run(lambda: server.tokenizer.tokens(body.inputs, add_special_tokens=True))
-    return json_response([tgi.SimpleToken(token.id, token.text, token.start, token.stop) for token in tokens])
+
+    def work() -> bytes:  # all of it on a worker thread: a long text makes millions of objects
+        tokens = server.tokenizer.tokens(body.inputs, add_special_tokens=True)
+        return msgspec.json.encode([tgi.SimpleToken(token.id, token.text, token.start, token.stop) for token in tokens])
+
+    return web.Response(body=await server.tokenizer.run(work), content_type=JSON)
