@@ -59,8 +59,8 @@ def test_health_answers_only_when_a_request_can_be_served(launch: Launch) -> Non
     server.stop()
 
 
-def test_json_output_is_json_on_every_line(launch: Launch) -> None:
-    server = launch("--json-output")
+def test_json_output_is_json_on_every_line_and_env_comes_before_serving(launch: Launch) -> None:
+    server = launch("--json-output", "--env")
     server.generate(PROMPT, max_new_tokens=2)
     server.stop()
     lines = [json.loads(line) for line in server.log().splitlines()]
@@ -70,25 +70,14 @@ def test_json_output_is_json_on_every_line(launch: Launch) -> None:
         assert line["level"] in ("DEBUG", "INFO", "WARNING", "ERROR")
         assert line["message"]
     assert any(line.get("rank") == 0 for line in lines)
-
-
-def test_env_shows_the_environment_and_serves_on(launch: Launch) -> None:
-    server = launch("--env")
-    assert "Runtime environment" in server.log()
-    assert "torch" in server.log()
-    assert server.generate(PROMPT, max_new_tokens=1)
-    server.stop()
-
-
-def test_flags_come_from_the_environment_and_the_command_line_wins(launch: Launch) -> None:
-    server = launch("--max-total-tokens", "300", env={"MAX_TOTAL_TOKENS": "200", "MAX_BEST_OF": "5"})
-    info = server.get("/info").json
-    assert (info["max_total_tokens"], info["max_best_of"]) == (300, 5)
-    server.stop()
+    (environment,) = [line["message"] for line in lines if "Runtime environment" in line["message"]]
+    assert "torch" in environment
 
 
 def test_an_api_key_guards_every_route_but_health(launch: Launch) -> None:
-    server = launch("--api-key", "sésame-1")
+    server = launch(
+        "--api-key", "sésame-1", "--max-total-tokens", "300", env={"MAX_TOTAL_TOKENS": "200", "MAX_BEST_OF": "5"}
+    )
     assert "sésame-1" not in server.log()
     assert not any("sésame-1" in p.command for p in server.processes() if p.pid != server.process.pid)
     body = json.dumps({"inputs": PROMPT, "parameters": {"max_new_tokens": 1}}).encode()
@@ -108,6 +97,8 @@ def test_an_api_key_guards_every_route_but_health(launch: Launch) -> None:
             assert response.json["error"]
     right = {"authorization": "Bearer sésame-1".encode().decode("latin-1")}
     assert server.request("POST", "/generate", body, right).status == 200
+    info = server.request("GET", "/info", headers=right).json  # the command line beats the environment
+    assert (info["max_total_tokens"], info["max_best_of"]) == (300, 5)
     assert [server.get(path).status for path in ("/health", "/ping", "/")] == [200, 200, 200]
     server.stop()
 
@@ -176,7 +167,7 @@ def test_what_cannot_be_parsed_exits_2_and_names_the_flag(flags: list[str], env:
         ),
         (["--validation-workers", "0"], "`validation_workers` must be > 0"),
         (["--num-shard", "0"], "`num_shard` cannot be < 1"),
-        (["--num-shard", "4"], "heads"),
+        (["--num-shard", "7"], "heads"),
         (["--quantize", "gptq"], "`quantize` is 'gptq', but quantization is not built yet"),
         (["--lora-adapters", "a"], "`lora_adapters`"),
         (["--ngrok"], "`ngrok`"),

@@ -5,12 +5,14 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import harness
 import pytest
-from harness import Json, Process, Server, wait_until
+from harness import MODEL_DIR, Json, Process, Server, wait_until
+from tokenizers import Tokenizer
 
 Launch = Callable[..., Server]
 STEP_DEADLINE_S = 2
@@ -70,22 +72,34 @@ def tokens(events: list[Json]) -> list[Any]:
     return [(e["token"]["id"], e["token"]["text"]) for e in events] + [events[-1]["generated_text"]]
 
 
+@dataclass(frozen=True)
+class Group:
+    """A server that may lose its shards often, and what it answers when it does not."""
+
+    server: Server
+    expected: list[list[Any]]
+
+
 @pytest.fixture(scope="module", params=["1", "2"], ids=["one shard", "two shards"])
-def survivor(request: pytest.FixtureRequest) -> Iterator[Server]:
-    """A server that may lose its shards often."""
-    flags = ("--num-shard", request.param, "--step-deadline", str(STEP_DEADLINE_S), "--restart-budget", "100")
-    server = harness.start(*flags)
+def group(request: pytest.FixtureRequest) -> Iterator[Group]:
+    with lasting_server("--num-shard", request.param) as server:
+        yield Group(server, [tokens(Client(server, case).end()) for case in CASES])
+
+
+@pytest.fixture(scope="module")
+def survivor() -> Iterator[Server]:
+    with lasting_server() as server:
+        yield server
+
+
+@contextmanager
+def lasting_server(*flags: str) -> Iterator[Server]:
+    server = harness.start("--step-deadline", str(STEP_DEADLINE_S), "--restart-budget", "100", *flags)
     try:
         yield server
         server.stop()
     finally:
         server.destroy()
-
-
-@pytest.fixture(scope="module")
-def expected(survivor: Server) -> list[list[Any]]:
-    """The undisturbed runs."""
-    return [tokens(Client(survivor, case).end()) for case in CASES]
 
 
 def after_events(clients: list[Client], count: int) -> None:
@@ -108,18 +122,34 @@ def victim(server: Server) -> Process:
     return server.shards()[-1]
 
 
-def test_a_killed_shard_mid_decode_changes_no_token(survivor: Server, expected: list[list[Any]]) -> None:
-    clients = [Client(survivor, case) for case in CASES]
+def test_a_killed_shard_changes_no_token(group: Group) -> None:
+    """Killed while it decodes; what comes while it is down is served later."""
+    server = group.server
+    clients = [Client(server, case) for case in CASES]
     after_events(clients, 10)
-    shard = victim(survivor)
+    shard = victim(server)
     shard.signal(signal.SIGKILL)
-    expect_outage(survivor, within_s=1)
-    assert [tokens(c.end()) for c in clients] == expected
-    assert shard.pid not in [p.pid for p in survivor.shards()]
-    assert "SIGKILL" in survivor.log()
+    wait_until(lambda: server.health() == 503, within_s=1, what="/health says 503")
+    late = [Client(server, case) for case in CASES]
+    server.wait_ready(RECOVERY_S)
+    assert [tokens(c.end()) for c in clients] == group.expected
+    assert [tokens(c.end()) for c in late] == group.expected
+    assert shard.pid not in [p.pid for p in server.shards()]
+    assert "SIGKILL" in server.log()
 
 
-def test_a_killed_shard_mid_prefill_changes_no_token(survivor: Server, expected: list[list[Any]]) -> None:
+def test_a_stopped_shard_is_a_dead_shard(group: Group) -> None:
+    clients = [Client(group.server, case) for case in CASES]
+    after_events(clients, 10)
+    shard = victim(group.server)
+    shard.signal(signal.SIGSTOP)
+    expect_outage(group.server, within_s=2 * STEP_DEADLINE_S)
+    assert [tokens(c.end()) for c in clients] == group.expected
+    assert not shard.is_alive()
+
+
+def test_a_killed_shard_mid_prefill_changes_no_token(survivor: Server) -> None:
+    expected = tokens(Client(survivor, CASES[2]).end())
     streaming = Client(survivor, CASES[2])
     after_events([streaming], 5)
     fresh = f"# {time.time_ns()}\n{LONG_PROMPT}"  # in no prefix cache
@@ -127,27 +157,9 @@ def test_a_killed_shard_mid_prefill_changes_no_token(survivor: Server, expected:
     wait_until(lambda: survivor.metric("tgi_batch_current_size") == 2, within_s=10, what="the prompt is being computed")
     victim(survivor).signal(signal.SIGKILL)
     expect_outage(survivor, within_s=1)
-    assert tokens(streaming.end()) == expected[2]
+    assert tokens(streaming.end()) == expected
     interrupted = tokens(prefill.end())
     assert interrupted == tokens(Client(survivor, Case(fresh, {"max_new_tokens": 20, "details": True})).end())
-
-
-def test_a_stopped_shard_is_a_dead_shard(survivor: Server, expected: list[list[Any]]) -> None:
-    clients = [Client(survivor, case) for case in CASES]
-    after_events(clients, 10)
-    shard = victim(survivor)
-    shard.signal(signal.SIGSTOP)
-    expect_outage(survivor, within_s=2 * STEP_DEADLINE_S)
-    assert [tokens(c.end()) for c in clients] == expected
-    assert not shard.is_alive()
-
-
-def test_requests_that_come_while_it_is_down_are_served_later(survivor: Server, expected: list[list[Any]]) -> None:
-    victim(survivor).signal(signal.SIGKILL)
-    wait_until(lambda: survivor.health() == 503, within_s=1, what="/health says 503")
-    clients = [Client(survivor, case) for case in CASES]
-    assert [tokens(c.end()) for c in clients] == expected
-    survivor.wait_ready(RECOVERY_S)
 
 
 def test_an_idle_server_notices_and_recovers(survivor: Server) -> None:
@@ -158,17 +170,38 @@ def test_an_idle_server_notices_and_recovers(survivor: Server) -> None:
 
 
 @pytest.mark.slow
-def test_shards_killed_at_ten_random_moments_change_no_token(survivor: Server, expected: list[list[Any]]) -> None:
+def test_shards_killed_at_ten_random_moments_change_no_token(group: Group) -> None:
     chances = random.Random(5)
     for round_number in range(10):
-        clients = [Client(survivor, case) for case in CASES]
+        clients = [Client(group.server, case) for case in CASES]
         after_events(clients[:1], chances.randrange(1, 100))
-        chances.choice(survivor.shards()).signal(chances.choice([signal.SIGKILL, signal.SIGSTOP]))
-        assert [tokens(c.end()) for c in clients] == expected, f"round {round_number}"
-        survivor.wait_ready(RECOVERY_S)
+        chances.choice(group.server.shards()).signal(chances.choice([signal.SIGKILL, signal.SIGSTOP]))
+        assert [tokens(c.end()) for c in clients] == group.expected, f"round {round_number}"
+        group.server.wait_ready(RECOVERY_S)
 
 
 # Faults of single requests --------------------------------------------------------------------------------------------
+
+
+def test_a_poisoned_request_fails_alone(launch: Launch) -> None:
+    """Three kinds: an exception when its row is made, logits that are not numbers, one that kills the shard."""
+    tokenizer = Tokenizer.from_file(str(MODEL_DIR / "tokenizer.json"))
+    letters = "ΨΩЖ"
+    raising, nan, deadly = (tokenizer.encode(letter).ids[-1] for letter in letters)
+    faults = f"row.apply:raise:token={raising};row.logits:nan:token={nan};row.apply:kill:token={deadly}"
+    server = launch("--restart-budget", "100", env={"TGI_FAULTS": faults})
+    expected = [tokens(Client(server, case).end()) for case in CASES]
+    clients = [Client(server, case) for case in CASES]
+    after_events(clients, 5)
+    poisoned = [Client(server, Case(letter, {"max_new_tokens": 20})) for letter in letters]
+    assert [tokens(c.end()) for c in clients] == expected
+    for client in poisoned:
+        (only,) = client.end()
+        assert only["error_type"] == "generation"
+        assert only["error"].startswith("Request failed during generation: ")
+    server.wait_ready(RECOVERY_S)
+    assert tokens(Client(server, CASES[0]).end()) == expected[0]
+    server.stop()
 
 
 def test_a_request_in_flight_at_two_crashes_fails_alone(launch: Launch) -> None:
