@@ -1,6 +1,7 @@
 """The loop, over real gRPC: tokens reach their sinks whatever happens to shards, sinks and clients."""
 
 import asyncio
+import random
 import signal
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -172,6 +173,25 @@ async def test_a_cancelled_request_is_gone_from_the_shards_and_its_sink_hears_no
     batcher.cancel(request)
 
 
+async def test_a_storm_of_clients_that_leave_leaves_nothing_behind(batcher: Batcher, group: FakeGroup) -> None:
+    chance = random.Random(3)
+    stays_valid = make_valid([99] * 5, 100, seed=1)
+    _, stays = submit(batcher, stays_valid)
+    alive: list[Request] = []
+    for i in range(200):
+        alive.append(submit(batcher, make_valid([chance.randrange(3)] * chance.randrange(1, 40), 50, seed=i))[0])
+        if chance.random() < 0.7:
+            await asyncio.sleep(0)
+        if len(alive) > 8:
+            batcher.cancel(alive.pop(chance.randrange(len(alive))))
+    for request in alive:
+        batcher.cancel(request)
+    assert (await finished(stays)).ids == expected_ids(stays_valid, VOCAB)
+    await until(lambda: not group.servers[0].engine.rows)
+    batcher._core.check_integrity()
+    assert batcher._core.blocks.num_used == 0
+
+
 async def test_a_request_that_can_never_fit_is_refused(batcher: Batcher) -> None:
     assert batcher.max_total_tokens == 256
     with pytest.raises(ValidationError, match="`max_new_tokens`"):
@@ -309,6 +329,7 @@ async def test_streams_pause_when_the_shard_is_gone_and_go_on_with_the_same_toke
     assert await until(lambda: not batcher.healthy) < (1.0 if number is signal.SIGKILL else 4.0)
     assert batcher.state is State.RECOVERING
     assert "restarted" in batcher.reason
+    assert (batcher._metrics.batch_current_size.get(), batcher._metrics.queue_size.get()) == (0, 4)
     late_valid = make_valid([50] * 5, 5)
     _, late = submit(batcher, late_valid)
     gone, gone_sink = submit(batcher, make_valid([51] * 5, 5))

@@ -119,13 +119,14 @@ class Batcher:
         if self.state in (State.DRAINING, State.STOPPED) or self._draining:
             raise ShuttingDown
         request = self._core.add(valid, sink, time.monotonic())
-        self._metrics.queue_size.set(len(self._core.waiting))
+        self._show_queues()
         self._wake.set()
         return request
 
     def cancel(self, request: Request) -> None:
         """Ends a request whose client left: no sink call follows. Nothing happens when it is already over."""
         self._core.finish(request, time.monotonic())
+        self._show_queues()
         self._note_drained()
         self._wake.set()
 
@@ -249,7 +250,6 @@ class Batcher:
                 self._core.finish(request, now)
                 self._fail(request, InternalError())
         for request, error in outcome.failed:
-            logger.warning("request %d failed: %s", request.id, error)
             self._fail(request, error)
 
     def _deliver_one(self, request: Request, generation: pb.Generation, now: float) -> None:
@@ -273,6 +273,7 @@ class Batcher:
 
     def _fail(self, request: Request, error: Exception) -> None:
         """Tells the sink of a request that is already out of the scheduler."""
+        logger.warning("request %d has failed: %s", request.id, error)
         try:
             request.sink.failed(error)
         except Exception:
@@ -288,6 +289,7 @@ class Batcher:
         self._drop_in_flight()
         for request, error in self._core.interrupt(time.monotonic()):
             self._fail(request, error)
+        self._show_queues()
 
     def _give_up(self) -> None:
         """After a bug of ours the books cannot be trusted: every request fails, loudly, and the books are new."""
@@ -342,12 +344,15 @@ class Batcher:
 
     # ---- numbers
 
+    def _show_queues(self) -> None:
+        self._metrics.queue_size.set(len(self._core.waiting))
+        self._metrics.batch_current_size.set(len(self._core.running))
+
     def _count_sent(self, plan: StepPlan) -> None:
-        metrics, core = self._metrics, self._core
-        metrics.batch_inference_count.inc(_method(plan))
-        metrics.queue_size.set(len(core.waiting))
+        self._metrics.batch_inference_count.inc(_method(plan))
+        self._show_queues()
         if plan.admissions:
-            metrics.batch_next_size.observe(len(plan.admissions))
+            self._metrics.batch_next_size.observe(len(plan.admissions))
 
     def _count_answered(self, sent: _Sent, response: pb.StepResponse, now: float) -> None:
         metrics, core, blocks = self._metrics, self._core, self._core.blocks
@@ -357,8 +362,7 @@ class Batcher:
         metrics.batch_forward_duration.observe(response.forward_ns / 1e9, method)
         metrics.batch_decode_duration.observe((response.total_ns - response.forward_ns) / 1e9, method)
         metrics.batch_filter_duration.observe(time.monotonic() - now, method)
-        metrics.batch_current_size.set(len(core.running))
-        metrics.queue_size.set(len(core.waiting))
+        self._show_queues()
         metrics.batch_current_max_tokens.set(blocks.num_used * blocks.block_size)
         metrics.kv_blocks_used.set(blocks.num_used)
         metrics.kv_blocks_cached.set(blocks.num_kept)
