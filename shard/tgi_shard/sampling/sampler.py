@@ -134,7 +134,9 @@ class Sampler:
             done = index[fitting]
             chosen, norm = draw.from_candidates(values, ids, self._vocab_size, self._keys(done, batch, z.device))
             self._put(out, done, batch, chosen, norm, values, ids)
-        left = np.setdiff1d(np.arange(len(index)), fitting)
+        is_left = np.ones(len(index), np.bool_)
+        is_left[fitting] = False
+        left = np.flatnonzero(is_left)
         if len(left) == 0:
             return z, limits, index[left]
         keep = torch.from_numpy(left)
@@ -148,7 +150,7 @@ class Sampler:
         return z
 
     def _keys(self, index: NDArray[np.int64], batch: SamplingBatch, device: torch.device) -> Tensor:
-        return noise.keys(*upload([batch.params["seed"][index], batch.num_tokens[index]], device))
+        return upload([noise.keys(batch.params["seed"][index], batch.num_tokens[index])], device)[0]
 
     def _put(
         self,
