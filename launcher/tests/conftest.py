@@ -117,7 +117,8 @@ class Launched:
 
     def pid(self, name: str, start: int = 1) -> int:
         """Pid of the `start`-th start of a fake shard ("shard-0"), or of the router."""
-        path = self.folder / ("router.pid" if name == "router" else f"{name}.start-{start}")
+        files = {"router": "router.pid", "grandchild": "grandchild"}
+        path = self.folder / files.get(name, f"{name}.start-{start}")
         deadline = time.monotonic() + 20
         while time.monotonic() < deadline:
             if path.exists() and path.read_text():

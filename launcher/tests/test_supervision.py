@@ -264,6 +264,16 @@ def test_a_stale_report_of_a_hang_hurts_nobody(launch: Launch) -> None:
 # -- nothing is left behind
 
 
+def test_a_grandchild_that_holds_the_pipes_delays_neither_a_restart_nor_the_end(launch: Launch) -> None:
+    run = launch(shard="ready:child#1")
+    run.wait_for("Try: curl")
+    assert eventually(lambda: (run.folder / "grandchild").exists() and run.pid("grandchild") > 0)
+    os.kill(run.pid("shard-0"), signal.SIGKILL)
+    run.wait_for("The shards are back")
+    assert not is_alive(run.pid("grandchild"))
+    assert run.stop() == 0
+
+
 def test_a_killed_launcher_leaves_no_process_no_socket_and_no_key(launch: Launch) -> None:
     run = launch("--num-shard", "2", "--api-key", "geheim", shard="ready:child@0")
     run.wait_for("Try: curl")

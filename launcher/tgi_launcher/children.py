@@ -89,7 +89,7 @@ def write_api_key(key: str, directory: Path) -> Path:
     """Writes the key to a file of mode 0600 in `directory`, which is the launcher's own (0700)."""
     path = directory / "api-key"
     path.touch(mode=0o600)
-    path.write_text(key)
+    path.write_bytes(key.encode(errors="surrogateescape"))
     return path
 
 
@@ -115,4 +115,5 @@ def download_command(
 
 def convert_command(model_dir: Path, out_dir: Path, programs: Programs, environ: Mapping[str, str]) -> Command:
     """Writes safetensors made from the PyTorch files of `model_dir` to `out_dir`."""
-    return Command(name="convert", argv=(*programs.convert, str(model_dir), str(out_dir)), environ=offline(environ))
+    argv = (*programs.convert, str(model_dir), str(out_dir), "--json-output")
+    return Command(name="convert", argv=argv, environ=offline(environ))

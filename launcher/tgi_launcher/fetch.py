@@ -129,7 +129,7 @@ class Fetcher:
         """Runs `command` to its good end. One that makes no progress for `stall_s` is killed and run again."""
         for attempt in range(1, _ATTEMPTS + 1):
             _log.info("Starting %s: %s", command.name, command.shown)
-            child = await Child.start(command, self._console, self._queue.put_nowait, self._guard)
+            child = Child.start(command, self._console, self._queue.put_nowait, self._guard)
             try:
                 stalled = not await self._follow(child, stall_s)
             finally:

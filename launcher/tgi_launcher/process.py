@@ -9,12 +9,14 @@ import os
 import re
 import shlex
 import signal
+import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from tgi_proto import logs
 
@@ -66,9 +68,9 @@ Post = Callable[[Record | Exited], None]
 
 
 class Child:
-    """A running child. Create with `await Child.start(...)`."""
+    """A running child. Create with `Child.start(...)`."""
 
-    def __init__(self, command: Command, process: asyncio.subprocess.Process, console: Console, post: Post) -> None:
+    def __init__(self, command: Command, process: subprocess.Popen[bytes], console: Console, post: Post) -> None:
         self.command = command
         self.started_s = time.monotonic()
         self.exited_s: float | None = None
@@ -81,18 +83,16 @@ class Child:
         self._gone = asyncio.Event()
 
     @classmethod
-    async def start(cls, command: Command, console: Console, post: Post, guard: Guard) -> "Child":
-        """Starts `command`; its records and its end are given to `post`."""
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-I",
-            "-S",
-            _EXEC_CHILD,
-            str(os.getpid()),
-            *command.argv,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
+    def start(cls, command: Command, console: Console, post: Post, guard: Guard) -> "Child":
+        """Starts `command`; its records and its end are given to `post`. To be called in the event loop.
+
+        Not asyncio's own subprocesses: those end only when every holder of their pipes has, grandchildren included.
+        """
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", _EXEC_CHILD, str(os.getpid()), *command.argv],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             env=dict(command.environ),
             process_group=0,
         )
@@ -162,7 +162,9 @@ class Child:
         process = self._process
         streams = ((process.stdout, self._on_stdout), (process.stderr, self._on_stderr))
         readers = [asyncio.create_task(_lines(stream, handle)) for stream, handle in streams if stream is not None]
-        await process.wait()
+        ended = asyncio.Event()
+        threading.Thread(target=self._reap, args=(asyncio.get_running_loop(), ended), daemon=True).start()
+        await ended.wait()
         self.exited_s = time.monotonic()
         kill_group(self.pid)  # whatever it started and left behind
         guard.forget_group(self.pid)
@@ -171,6 +173,14 @@ class Child:
             reader.cancel()
         self._gone.set()
         self._post(Exited(self))
+
+    def _reap(self, loop: asyncio.AbstractEventLoop, ended: asyncio.Event) -> None:
+        """Waits for the process, in a thread of its own: no signal and no pidfd to depend on."""
+        self._process.wait()
+        try:
+            loop.call_soon_threadsafe(ended.set)
+        except RuntimeError:
+            return  # the loop is closed: the launcher is ending and asked nobody to wait
 
     def _on_stdout(self, line: bytes) -> None:
         text = line.decode(errors="replace")
@@ -196,15 +206,21 @@ class Child:
         return {} if self.command.rank is None else {"rank": self.command.rank}
 
 
-async def _lines(reader: asyncio.StreamReader, handle: Callable[[bytes], None]) -> None:
-    """Calls `handle` with each line of `reader`; a line longer than 1 MiB comes in pieces."""
+async def _lines(pipe: IO[bytes], handle: Callable[[bytes], None]) -> None:
+    """Calls `handle` with each line of `pipe`, to its end; a line longer than 1 MiB comes in pieces."""
+    reader = asyncio.StreamReader()
+    loop = asyncio.get_running_loop()
+    transport, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), pipe)
     rest = b""
-    while chunk := await reader.read(1 << 16):
-        *lines, rest = (rest + chunk).split(b"\n")
-        for line in lines:
-            handle(line)
-        if len(rest) > _MAX_LINE:
+    try:
+        while chunk := await reader.read(1 << 16):
+            *lines, rest = (rest + chunk).split(b"\n")
+            for line in lines:
+                handle(line)
+            if len(rest) > _MAX_LINE:
+                handle(rest)
+                rest = b""
+    finally:
+        transport.close()
+        if rest:
             handle(rest)
-            rest = b""
-    if rest:
-        handle(rest)

@@ -93,8 +93,8 @@ class Supervisor:
         """Exit status 0 after an orderly stop, 128 + n after a second signal n; raises LauncherError otherwise."""
         graceful = False
         try:
-            await self._start_group()
-            self._router = await self._start(self._settings.router)
+            self._start_group()
+            self._router = self._start(self._settings.router)
             self._router_since_s = time.monotonic()
             while True:
                 status = await self._step()
@@ -144,7 +144,7 @@ class Supervisor:
             return 0
         if self._restart_at_s is not None and now >= self._restart_at_s:
             self._restart_at_s = None
-            await self._start_group()
+            self._start_group()
         for child, startup in self._starting():
             if now >= startup.stalls_at(limit_s := self._settings.stall_timeout_s):
                 await self._end_stuck(child, f"no progress for {limit_s:g} s in phase {startup.describe()}")
@@ -169,15 +169,15 @@ class Supervisor:
 
     # -- starting
 
-    async def _start(self, command: Command) -> Child:
+    def _start(self, command: Command) -> Child:
         _log.info("Starting %s: %s", command.name, command.shown)
-        return await Child.start(command, self._console, self._queue.put_nowait, self._guard)
+        return Child.start(command, self._console, self._queue.put_nowait, self._guard)
 
-    async def _start_group(self) -> None:
+    def _start_group(self) -> None:
         for rank in range(len(self._settings.shards)):
             self._remove_socket(rank)
         self._group_ready = False
-        self._shards = [await self._start(command) for command in self._settings.shards]
+        self._shards = [self._start(command) for command in self._settings.shards]
         self._startups = [Startup(child.started_s) for child in self._shards]
         self._noted_s = time.monotonic()
 
