@@ -9,6 +9,7 @@ import aiohttp
 import pytest
 from api_kit import Answer, Api, serving
 from tgi_router import stream
+from tgi_router.infer import format_duration
 
 LONG: dict[str, Any] = {"inputs": "hello", "parameters": {"max_new_tokens": 200}}
 CHAT = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 200, "temperature": 0}
@@ -177,3 +178,26 @@ async def test_connections_are_kept_for_the_next_request() -> None:
             async with http.request(method, api.url + path, json=json) as response:
                 assert response.status == 200
                 await response.read()
+
+
+async def test_every_finished_request_has_one_line_in_the_log_without_its_text(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO")
+    async with serving() as api:
+        body = {"inputs": "a secret", "parameters": {"max_new_tokens": 3, "do_sample": True, "seed": 5}}
+        await api.post("/generate", body, headers={"x-request-id": "mine"})
+        await api.post("/generate", {"inputs": "", "parameters": {}}, headers={"x-request-id": "wrong"})
+        record = next(vars(record) for record in caplog.records if record.message == "Success")
+        assert record["request_id"] == "mine"
+        assert (record["seed"], record["generated_tokens"], record["finish_reason"]) == ("Some(5)", 3, "length")
+        for name in ("total_time", "validation_time", "queue_time", "inference_time", "time_per_token"):
+            assert record[name].endswith("s")
+        refused = next(vars(record) for record in caplog.records if "cannot be empty" in record.message)
+        assert (refused["request_id"], refused["levelname"]) == ("wrong", "INFO")
+        assert "secret" not in caplog.text
+
+
+def test_durations_are_written_as_rust_writes_them() -> None:
+    cases = {1.5: "1.5s", 2.0: "2s", 0.0015: "1.5ms", 0.000002: "2µs", 2.5e-7: "250ns", 0.0: "0ns"}
+    assert {seconds: format_duration(seconds) for seconds in cases} == cases

@@ -15,7 +15,7 @@ from aiohttp import web
 from .bodies import error_response
 from .errors import ApiError, PayloadTooLarge, ShuttingDown, Unauthorized, presentable
 from .routes import chat, completions, generate, info
-from .server import SERVER, Server
+from .server import REQUEST_ID, SERVER, Server
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -46,6 +46,8 @@ def build_metrics(server: Server) -> web.Application:
 @web.middleware
 async def _around_every_request(request: web.Request, handler: Handler) -> web.StreamResponse:
     server = request.app[SERVER]
+    given = request.headers.get("x-request-id", "")
+    request[REQUEST_ID] = given if _REQUEST_ID.match(given) else uuid.uuid4().hex
     try:
         if request.method == "OPTIONS":
             return _preflight(request)
@@ -101,6 +103,5 @@ async def _add_common_headers(request: web.Request, response: web.StreamResponse
     elif origin in origins:
         response.headers["access-control-allow-origin"] = origin
     response.headers["vary"] = _VARY
-    given = request.headers.get("x-request-id", "")
-    response.headers["x-request-id"] = given if _REQUEST_ID.match(given) else uuid.uuid4().hex
+    response.headers["x-request-id"] = request[REQUEST_ID]
     response.headers.popall("server", None)

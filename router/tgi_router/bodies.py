@@ -18,8 +18,8 @@ from .errors import (
     UnsupportedMediaType,
     WrongShape,
 )
-from .infer import Timings
-from .server import SERVER
+from .infer import Call, Timings
+from .server import REQUEST_ID, SERVER
 from .stream import Choice
 
 T = TypeVar("T")
@@ -65,6 +65,11 @@ def _with_path_first(message: str) -> str:
     """ "Expected X - at `$.a.b`" -> "a.b: Expected X", as TGI writes it."""
     match = _PATH.match(message)
     return f"{match['path']}: {match['what']}" if match is not None and match["path"] else message
+
+
+def begin(request: web.Request) -> Call:
+    """The call that `request` is from now on; app.py has given it its id."""
+    return Call(request[REQUEST_ID])
 
 
 def json_response(answer: Any, headers: dict[str, str] | None = None) -> web.Response:
@@ -121,9 +126,9 @@ def compute_headers(request: web.Request, num_characters: int) -> dict[str, str]
     }
 
 
-def timing_headers(request: web.Request, choices: list[Choice], started_s: float) -> dict[str, str]:
+def timing_headers(request: web.Request, choices: list[Choice], call: Call) -> dict[str, str]:
     """TGI's headers of a finished request. choices: one for each prompt; their numbers are added up."""
-    times = [Timings.of(choice, started_s) for choice in choices]
+    times = [Timings.of(choice, call) for choice in choices]
 
     def milliseconds(seconds: list[float]) -> str:
         return str(int(sum(seconds) * 1000))

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .batcher import Batcher
 from .errors import ApiError, Bug, Overloaded
@@ -21,26 +21,33 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
+class Call:
+    """One HTTP request, from when its body was understood. request_id: for the log; the client sees it, too."""
+
+    request_id: str
+    started_s: float = field(default_factory=time.monotonic)
+
+
+@dataclass(frozen=True, slots=True)
 class Timings:
     """Of one finished choice, in seconds."""
 
-    total: float  # since the handler began
+    total: float  # since the call began
     validation: float  # until it was submitted
     queue: float  # until it had a row
     inference: float  # until its last token
     per_token: float
 
     @classmethod
-    def of(cls, choice: Choice, started_s: float) -> "Timings":
-        """started_s: time.monotonic() when the handler began."""
+    def of(cls, choice: Choice, call: Call) -> "Timings":
         request = choice.request
         if request is None or request.admitted_s is None:
             raise Bug("a choice has finished without having run. This is a bug.")
         now_s = time.monotonic()
         inference = (request.finished_s or now_s) - request.admitted_s
         return cls(
-            total=now_s - started_s,
-            validation=max(0.0, request.arrived_s - started_s),
+            total=now_s - call.started_s,
+            validation=max(0.0, request.arrived_s - call.started_s),
             queue=request.admitted_s - request.arrived_s,
             inference=inference,
             per_token=inference / max(1, choice.num_tokens),
@@ -59,7 +66,7 @@ class Infer:
 
     @contextlib.asynccontextmanager
     async def open(
-        self, prompts: Sequence[Prompt], rules: Rules, *, started_s: float, copies: int = 1
+        self, prompts: Sequence[Prompt], rules: Rules, call: Call, *, copies: int = 1
     ) -> AsyncIterator[Stream]:
         """Yields `copies` choices for each prompt, prompt 0's first. Raises ApiError, also from the stream."""
         stream = Stream(streaming=rules.streaming, copies=copies)
@@ -71,14 +78,14 @@ class Infer:
                 try:
                     await self._submit(stream, prompts, rules, copies)
                     yield stream
-                    self._account(stream, started_s)
+                    self._account(stream, call)
                 finally:
                     self._cancel(stream)
         except (asyncio.CancelledError, ConnectionError):
-            self._count_cancelled(stream)
+            self._count_cancelled(stream, call)
             raise
         except ApiError as error:
-            self.count_failure(error)
+            self.count_failure(error, call)
             raise
 
     @contextlib.contextmanager
@@ -108,26 +115,27 @@ class Infer:
             if choice.finish_reason is None and choice.request is not None:
                 self.batcher.cancel(choice.request)
 
-    def _count_cancelled(self, stream: Stream) -> None:
+    def _count_cancelled(self, stream: Stream, call: Call) -> None:
         """The client left, or the server's patience with open streams has ended."""
         self.shared.metrics.request_cancelled.inc()
         self.shared.metrics.request_failure.inc("dropped")
         generated = sum(choice.num_tokens for choice in stream.choices)
-        logger.info("Cancelled", extra={"generated_tokens": generated})
+        logger.info("Cancelled", extra={"request_id": call.request_id, "generated_tokens": generated})
 
-    def count_failure(self, error: ApiError) -> None:
+    def count_failure(self, error: ApiError, call: Call) -> None:
         """The metric and the log line of a failed request; routes call it for what they refuse themselves."""
         if error.failure is not None:
             self.shared.metrics.request_failure.inc(error.failure)
-        logger.log(logging.ERROR if error.status >= 500 or error.status == 424 else logging.INFO, "%s", error.message)
+        level = logging.ERROR if error.status >= 500 or error.status == 424 else logging.INFO
+        logger.log(level, "%s", error.message, extra={"request_id": call.request_id})
 
-    def _account(self, stream: Stream, started_s: float) -> None:
+    def _account(self, stream: Stream, call: Call) -> None:
         """Metrics and the log line of every prompt; of several copies the first stands for all, as in TGI."""
         metrics = self.shared.metrics
         for choice in stream.first_choices:
             if choice.finish_reason is None:
                 raise Bug("a handler has left before its choices were over. This is a bug.")
-            times = Timings.of(choice, started_s)
+            times = Timings.of(choice, call)
             metrics.request_success.inc()
             metrics.request_duration.observe(times.total)
             metrics.request_validation_duration.observe(times.validation)
@@ -135,7 +143,7 @@ class Infer:
             metrics.request_inference_duration.observe(times.inference)
             metrics.request_mean_time_per_token_duration.observe(times.per_token)
             metrics.request_generated_tokens.observe(choice.num_tokens)
-            logger.info("Success", extra=_log_fields(choice, times))
+            logger.info("Success", extra={"request_id": call.request_id, **_log_fields(choice, times)})
 
 
 def _log_fields(choice: Choice, times: Timings) -> dict[str, str | int | None]:

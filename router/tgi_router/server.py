@@ -38,3 +38,4 @@ class Server:
 
 
 SERVER: web.AppKey[Server] = web.AppKey("server", Server)
+REQUEST_ID: web.RequestKey[str] = web.RequestKey("request_id", str)  # given by app.py to every request

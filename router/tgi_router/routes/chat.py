@@ -1,7 +1,6 @@
 """POST /v1/chat/completions, streamed and not."""
 
 import json
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,7 +8,7 @@ import msgspec
 from aiohttp import web
 
 from .. import sse
-from ..bodies import decode, json_response, read, timing_headers
+from ..bodies import begin, decode, json_response, read, timing_headers
 from ..errors import ApiError, ToolError, ValidationError, WrongShape
 from ..openai_answers import Identity, chat_logprob, check_at_most, finish_reason, usage
 from ..parameters import OpenAISampling, from_openai
@@ -33,15 +32,15 @@ _RESERVED = frozenset(
 @routes.post("/v1/chat/completions")
 async def chat_completions(request: web.Request) -> web.StreamResponse:
     """The assistant's next message."""
-    started_s = time.monotonic()
     server = request.app[SERVER]
     server.metrics.request_count.inc()
     data = await read(request, server.config.payload_limit)
     body = decode(data, _decoder)
+    call = begin(request)
     try:
         prompt = _prompt(server, body, decode(data, _sampling_decoder))
     except ApiError as error:
-        server.infer.count_failure(error)
+        server.infer.count_failure(error, call)
         raise
     server.metrics.request_count.inc()  # TGI counts the generation within, too
     rules = Rules(
@@ -51,13 +50,13 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     )
     copies = body.n or 1
     answer = _Answer(server, body, copies)
-    opened = server.infer.open([prompt], rules, started_s=started_s, copies=copies)
+    opened = server.infer.open([prompt], rules, call, copies=copies)
     if body.stream:
         return await sse.respond(request, opened, answer)
     async with opened as stream:
         await stream.finish()
         choices = stream.choices
-    return json_response(answer.whole(choices), timing_headers(request, choices[:1], started_s))
+    return json_response(answer.whole(choices), timing_headers(request, choices[:1], call))
 
 
 def _prompt(server: Server, body: openai.ChatRequest, sampling: msgspec.Struct) -> Prompt:

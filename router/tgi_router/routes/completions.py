@@ -1,6 +1,5 @@
 """POST /v1/completions, streamed and not."""
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +7,7 @@ import msgspec
 from aiohttp import web
 
 from .. import sse
-from ..bodies import decode, json_response, read, timing_headers
+from ..bodies import begin, decode, json_response, read, timing_headers
 from ..errors import ApiError, BatchSizeExceeded, SuffixNotSupported, ValidationError, WrongShape
 from ..openai_answers import Identity, check_at_most, completion_logprobs, finish_reason, usage
 from ..parameters import GenerateParameters, OpenAISampling, from_openai
@@ -27,15 +26,15 @@ _encode = msgspec.json.encode
 @routes.post("/v1/completions")
 async def completions(request: web.Request) -> web.StreamResponse:
     """What follows one or several prompts."""
-    started_s = time.monotonic()
     server = request.app[SERVER]
     server.metrics.request_count.inc()
     data = await read(request, server.config.payload_limit)
     body = decode(data, _decoder)
+    call = begin(request)
     try:
         prompts = _prompts(server, body, decode(data, _sampling_decoder))
     except ApiError as error:
-        server.infer.count_failure(error)
+        server.infer.count_failure(error, call)
         raise
     server.metrics.request_count.inc(amount=len(prompts))  # TGI counts each generation within, too
     rules = Rules(
@@ -46,13 +45,13 @@ async def completions(request: web.Request) -> web.StreamResponse:
     wanted = body.n or 1
     copies = max(wanted, body.best_of or 1)
     answer = _Answer(server, body, wanted, copies)
-    opened = server.infer.open(prompts, rules, started_s=started_s, copies=copies)
+    opened = server.infer.open(prompts, rules, call, copies=copies)
     if body.stream:
         return await sse.respond(request, opened, answer)
     async with opened as stream:
         await stream.finish()
         choices = stream.choices
-    headers = timing_headers(request, choices[::copies], started_s)
+    headers = timing_headers(request, choices[::copies], call)
     del headers["x-compute-time"]  # TGI has it on its other routes only
     return json_response(answer.whole(choices), headers)
 

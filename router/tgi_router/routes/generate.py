@@ -1,13 +1,12 @@
 """TGI's own generation routes: POST /generate, /generate_stream and / (which is either, chosen by `stream`)."""
 
-import time
 from collections.abc import Sequence
 
 import msgspec
 from aiohttp import web
 
 from .. import sse
-from ..bodies import json_response, parse, timing_headers
+from ..bodies import begin, json_response, parse, timing_headers
 from ..float32 import raw, shortest
 from ..parameters import GenerateParameters
 from ..schemas import tgi
@@ -25,44 +24,42 @@ _encode = msgspec.json.encode
 @routes.post("/generate")
 async def generate(request: web.Request) -> web.StreamResponse:
     """One answer when everything is generated."""
-    started_s = time.monotonic()
     server = request.app[SERVER]
     body = await parse(request, _generate_decoder)
-    answer, headers = await _generate(request, server, body.inputs, body.given_parameters(), started_s)
+    answer, headers = await _generate(request, server, body.inputs, body.given_parameters())
     return json_response(answer, headers)
 
 
 @routes.post("/generate_stream")
 async def generate_stream(request: web.Request) -> web.StreamResponse:
     """One event per token."""
-    started_s = time.monotonic()
     server = request.app[SERVER]
     body = await parse(request, _generate_decoder)
-    return await _generate_stream(request, server, body.inputs, body.given_parameters(), started_s)
+    return await _generate_stream(request, server, body.inputs, body.given_parameters())
 
 
 @routes.post("/")
 async def compat_generate(request: web.Request) -> web.StreamResponse:
     """Either; the whole prompt is returned too when the model is one for text generation, or of an unknown kind."""
-    started_s = time.monotonic()
     server = request.app[SERVER]
     body = await parse(request, _compat_decoder)
     parameters = body.given_parameters()
     if parameters.return_full_text is None:
         parameters.return_full_text = server.config.model_pipeline_tag in (None, "text-generation")
     if body.stream:
-        return await _generate_stream(request, server, body.inputs, parameters, started_s)
-    answer, headers = await _generate(request, server, body.inputs, parameters, started_s)
+        return await _generate_stream(request, server, body.inputs, parameters)
+    answer, headers = await _generate(request, server, body.inputs, parameters)
     return json_response([answer], headers)
 
 
 async def _generate(
-    request: web.Request, server: Server, inputs: str, parameters: GenerateParameters, started_s: float
+    request: web.Request, server: Server, inputs: str, parameters: GenerateParameters
 ) -> tuple[tgi.GenerateResponse, dict[str, str]]:
     """The answer and its headers."""
+    call = begin(request)
     server.metrics.request_count.inc()
     copies = parameters.best_of or 1
-    async with server.infer.open([Prompt(inputs, parameters)], Rules(), started_s=started_s, copies=copies) as stream:
+    async with server.infer.open([Prompt(inputs, parameters)], Rules(), call, copies=copies) as stream:
         await stream.finish()
         choices = stream.choices
     best = max(choices, key=lambda choice: choice.mean_logprob)
@@ -73,7 +70,7 @@ async def _generate(
         if copies > 1:
             others = [choice for choice in choices if choice is not best]
             answer.details.best_of_sequences = [_sequence(server, choice, before) for choice in others]
-    return answer, timing_headers(request, [best], started_s)
+    return answer, timing_headers(request, [best], call)
 
 
 def _details(server: Server, choice: Choice) -> tgi.Details:
@@ -127,12 +124,12 @@ def _top_tokens(server: Server, token: GeneratedToken) -> list[tgi.Token]:
 
 
 async def _generate_stream(
-    request: web.Request, server: Server, inputs: str, parameters: GenerateParameters, started_s: float
+    request: web.Request, server: Server, inputs: str, parameters: GenerateParameters
 ) -> web.StreamResponse:
     """The status is 200 whatever happens: TGI's clients look for errors among the events."""
     server.metrics.request_count.inc()
     events = _Events(server, parameters, inputs if parameters.return_full_text else "")
-    opened = server.infer.open([Prompt(inputs, parameters)], Rules(streaming=True), started_s=started_s)
+    opened = server.infer.open([Prompt(inputs, parameters)], Rules(streaming=True), begin(request))
     return await sse.respond(request, opened, events, num_characters=len(inputs))
 
 
