@@ -74,6 +74,7 @@ class AttentionBackend(Protocol):
     ) -> Tensor:
         """Writes k, v `[T, K, D]` (rope applied) into kv at batch.slots, then attends.
 
+        q, k and v may be strided views; only their last dimension is contiguous.
         q `[T, H, D]` → `[T, H, D]`. Causal: query i of request r sees context positions
         <= context_lengths[r] - query_lengths[r] + i.
         """
