@@ -100,13 +100,13 @@ class Request:
     finished_s: float | None = None
     finish_reason: FinishReason | None = None
 
-    @property
-    def num_prompt_tokens(self) -> int:
-        return len(self.valid.token_ids)
-
     def __post_init__(self) -> None:
         self.token_ids = list(self.valid.token_ids)
         self.max_tokens = len(self.token_ids) + self.valid.max_new_tokens
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.valid.token_ids)
 
     @property
     def wants_prompt_logprobs(self) -> bool:

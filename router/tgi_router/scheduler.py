@@ -84,11 +84,6 @@ class Scheduler:
         """Nothing to do and nothing to wait for; rows may still have to be forgotten."""
         return not (self.running or self.waiting or self._in_flight)
 
-    @property
-    def num_in_flight(self) -> int:
-        """Steps planned and not yet answered."""
-        return len(self._in_flight)
-
     # ---- requests come and go
 
     def add(self, valid: ValidRequest, sink: TokenSink, now: float) -> Request:
