@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from tgi_shard import cli, start, warmup
 from tgi_shard.config import ShardConfig
-from tgi_shard.errors import RowProblem, StartError
+from tgi_shard.errors import StartError
 from tgi_shard.faults import Faults, InjectedFault
 from tgi_shard.host import available_memory, usable_cores
 from tgi_shard.kv_cache import KvCache, KvGeometry
@@ -324,7 +324,7 @@ def test_faults_act_on_their_condition_only(tmp_path: Path):
         faults.hit("step")
     faults.hit("step")
     faults.hit("row.apply", [1, 2])
-    with pytest.raises(RowProblem):
+    with pytest.raises(InjectedFault):
         faults.hit("row.apply", [1, 9])
     assert faults.armed("row.logits")
     assert not faults.hit("row.logits", [1])

@@ -18,14 +18,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import RowProblem, StartError
+from .errors import StartError
 
 POINTS = ("load", "warmup", "step", "row.apply", "row.logits")
 ACTIONS = ("raise", "exit", "kill", "stop", "hang", "nan")
 
 
 class InjectedFault(RuntimeError):
-    """What `raise` raises outside of a row; nothing expects it."""
+    """What `raise` raises; nothing expects it."""
 
 
 @dataclass(slots=True)
@@ -54,8 +54,7 @@ class Fault:
 
     def act(self) -> None:
         if self.action == "raise":
-            message = f"injected fault at {self.point}"
-            raise RowProblem(message) if self.point.startswith("row.") else InjectedFault(message)
+            raise InjectedFault(f"injected fault at {self.point}")
         if self.action == "exit":
             os._exit(1)
         if self.action == "hang":

@@ -44,5 +44,6 @@ class KvCache:
 def _allocate(num_bytes: int, device: torch.device) -> Tensor:
     """Zeros, `[num_bytes]` uint8. On CPU the system gives a page only when it is first written: start costs nothing."""
     if device.type == "cpu":
-        return torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=torch.uint8)
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+        return torch.frombuffer(mmap.mmap(-1, num_bytes, flags), dtype=torch.uint8)
     return torch.zeros(num_bytes, dtype=torch.uint8, device=device)

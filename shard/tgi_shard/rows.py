@@ -8,6 +8,7 @@ Everything the router claims is checked. What is wrong with one row is a RowErro
 table itself is a Bug, which ends the process.
 """
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -23,6 +24,8 @@ from .faults import Faults
 from .sampling.parameters import RECORD, SamplingParameters
 from .sampling.sampler import SamplingBatch
 from .upload import upload
+
+logger = logging.getLogger(__name__)
 
 Ints = NDArray[np.int64]
 
@@ -107,8 +110,10 @@ class RowTable:
         for admission in admissions:
             try:
                 self._admit(admission)
-            except RowProblem as problem:
-                errors.append(self.drop(admission.request_id, str(problem), plan.step))
+            except Bug:
+                raise
+            except Exception as error:
+                errors.append(self._failed(admission.request_id, error, plan.step))
         self._scheduled = []
         seen: set[int] = set()
         num_tokens = 0
@@ -122,8 +127,8 @@ class RowTable:
                 continue
             try:
                 self._extend(row, scheduled)
-            except RowProblem as problem:
-                errors.append(self.drop(request_id, str(problem), plan.step))
+            except Exception as error:
+                errors.append(self._failed(request_id, error, plan.step))
                 continue
             num_tokens += scheduled.num_tokens
             self._scheduled.append((row, scheduled.num_tokens))
@@ -204,6 +209,13 @@ class RowTable:
         self._forget(request_id)
         self._dropped[request_id] = step
         return pb.RowError(request_id=request_id, message=message)
+
+    def _failed(self, request_id: int, error: Exception, step: int) -> pb.RowError:
+        """What goes wrong while one row is handled is that row's end only; what nobody foresaw is logged in full."""
+        if isinstance(error, RowProblem):
+            return self.drop(request_id, str(error), step)
+        logger.error("request %d failed in step %d", request_id, step, exc_info=error)
+        return self.drop(request_id, f"the shard could not handle the request: {type(error).__name__}: {error}", step)
 
     def _forget(self, request_id: int) -> None:
         self._dropped.pop(request_id, None)
