@@ -86,7 +86,12 @@ async def serve(config: RouterConfig) -> None:
 async def start(config: RouterConfig, batcher: Batcher, metrics: Metrics) -> Server:
     """Everything that must be there before the port is bound. The tokenizer loads while the shards do."""
     api_key = _read_api_key(config.api_key_file)
-    (tokenizer, template), _ = await asyncio.gather(asyncio.to_thread(_load_texts, config), batcher.start())
+    connecting = asyncio.create_task(batcher.start())
+    try:
+        tokenizer, template = await asyncio.to_thread(_load_texts, config)
+        await connecting
+    finally:
+        connecting.cancel()
     limits = derive_limits(config, batcher.max_total_tokens)
     metrics.set_limits(limits.max_input_tokens, limits.max_total_tokens)
     eos_token_ids = tokenizer.eos_token_ids(batcher.info.eos_token_ids)

@@ -192,7 +192,7 @@ class Choice:
 
     def prompt_logprobs(self, start: int, logprobs: list[float]) -> None:
         """See TokenSink."""
-        self.prompt_logprob_values.extend(logprobs)
+        self.prompt_logprob_values[start - 1 :] = logprobs  # what is computed again replaces itself
 
     def token(self, token: Token) -> FinishReason | None:
         """See TokenSink."""
