@@ -14,7 +14,10 @@ def program(name: str) -> tuple[str, ...]:
 
 
 main(
-    commands=Programs(
-        shard=program("fake_shard.py"), router=program("fake_router.py"), convert=program("fake_convert.py")
+    programs=Programs(
+        shard=program("fake_shard.py"),
+        router=program("fake_router.py"),
+        download=(sys.executable, "-m", "tgi_launcher.download"),
+        convert=program("fake_convert.py"),
     )
 )

@@ -312,7 +312,7 @@ def test_a_gated_model_says_what_to_accept_and_what_to_set(fake: FakeHub, tmp_pa
         f"`org/tiny` is gated: accept its licence at {fake.url}/org/tiny, then set HF_TOKEN to a token of that account "
         "(no token is set)"
     )
-    assert "the token in HF_TOKEN has no access" in run(fake, tmp_path, HF_TOKEN="hf_other")[1][-1]
+    assert "the token that is set has no access" in run(fake, tmp_path, HF_TOKEN="hf_other")[1][-1]
     assert run(fake, tmp_path, HF_TOKEN=TOKEN)[0] == 0
 
 

@@ -24,6 +24,11 @@ _HINTS = {
     "ngrok_authtoken": "ngrok is not used",
     "ngrok_edge": "ngrok is not used",
 }
+_POSITIVE = (
+    *("validation_workers", "max_batch_size", "max_total_tokens", "max_input_tokens", "max_input_length"),
+    *("max_batch_prefill_tokens", "max_concurrent_requests", "max_client_batch_size", "max_best_of"),
+    *("payload_limit", "num_threads", "step_deadline", "stall_timeout"),
+)
 # Variables that TGI's processes read beside the flags, and why they change nothing here.
 _ENVIRONMENT_HINTS = {
     "ATTENTION": "the attention backend is chosen by the device; results are the same",
@@ -80,8 +85,6 @@ def _check_limits(flags: Flags) -> None:
     longest, total = input_limit(flags), flags.max_total_tokens
     if longest is not None and total is not None and longest >= total:
         raise ArgumentValidation(f"`max_input_tokens`({longest}) must be < `max_total_tokens`({total})")
-    if flags.validation_workers == 0:
-        raise ArgumentValidation("`validation_workers` must be > 0")
     pool = flags.max_batch_total_tokens
     if pool is not None:
         if total is not None and total > pool:
@@ -93,27 +96,13 @@ def _check_limits(flags: Flags) -> None:
             raise ArgumentValidation(
                 f"`max_batch_prefill_tokens` must be <= `max_batch_total_tokens`. Given: {prefill} and {pool}"
             )
-    positive = (
-        "max_batch_size",
-        "max_total_tokens",
-        "max_input_tokens",
-        "max_input_length",
-        "max_batch_prefill_tokens",
-        "max_concurrent_requests",
-        "max_client_batch_size",
-        "max_best_of",
-        "payload_limit",
-        "num_threads",
-        "step_deadline",
-        "stall_timeout",
-    )
-    for name in positive:
-        value = getattr(flags, name)
-        if value is not None and value <= 0:
-            raise ArgumentValidation(f"`{name}` must be > 0")
 
 
 def _check_ranges(flags: Flags) -> None:
+    for name in _POSITIVE:
+        value = getattr(flags, name)
+        if value is not None and value <= 0:
+            raise ArgumentValidation(f"`{name}` must be > 0")
     if flags.model_id == "":
         raise ArgumentValidation("`model_id` is empty: give a Hub id or a directory, or leave it out for the demo")
     if flags.api_key == "":

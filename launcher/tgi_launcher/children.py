@@ -29,10 +29,21 @@ def _script(name: str, module: str) -> tuple[str, ...]:
 class Programs:
     """How each child is started, before its arguments."""
 
-    shard: tuple[str, ...] = (*_script("text-generation-server", "tgi_shard.cli"), "serve")
-    router: tuple[str, ...] = _script("text-generation-router", "tgi_router.cli")
-    download: tuple[str, ...] = (sys.executable, "-m", "tgi_launcher.download")
-    convert: tuple[str, ...] = (*_script("text-generation-server", "tgi_shard.cli"), "convert")
+    shard: tuple[str, ...]
+    router: tuple[str, ...]
+    download: tuple[str, ...]
+    convert: tuple[str, ...]
+
+
+def installed_programs() -> Programs:
+    """The programs of this installation."""
+    server = _script("text-generation-server", "tgi_shard.cli")
+    return Programs(
+        shard=(*server, "serve"),
+        router=_script("text-generation-router", "tgi_router.cli"),
+        download=(sys.executable, "-m", "tgi_launcher.download"),
+        convert=(*server, "convert"),
+    )
 
 
 def _base(environ: Mapping[str, str]) -> dict[str, str]:

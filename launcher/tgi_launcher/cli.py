@@ -174,15 +174,15 @@ def _quit(signum: int, _: Any) -> typing.NoReturn:
     sys.exit(0)
 
 
-def main(argv: Sequence[str] | None = None, commands: Any = None) -> typing.NoReturn:
-    """Entry point. `commands`: how to start the children (tests); None = the installed ones."""
+def main(argv: Sequence[str] | None = None, programs: Any = None) -> typing.NoReturn:
+    """Entry point. programs: a children.Programs that replaces the installed ones (tests)."""
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, _quit)
 
     def run(flags: Flags, environ: Mapping[str, str]) -> int:
         from . import launch  # after parsing: a wrong flag is answered at once
 
-        return launch.run(flags, environ, **({} if commands is None else {"commands": commands}))
+        return launch.run(flags, environ, programs)
 
     try:
         status = command(run).main(args=None if argv is None else list(argv), prog_name=PROG, standalone_mode=False)

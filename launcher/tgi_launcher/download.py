@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import re
 import shutil
 import sys
 import threading
@@ -116,7 +117,8 @@ def download(args: argparse.Namespace, disk_free: Callable[[Path], int] | None =
 
 def _remote_file(sibling: Any) -> RemoteFile:
     blob = sibling.lfs.sha256 if sibling.lfs is not None else sibling.blob_id
-    return RemoteFile(sibling.rfilename, sibling.size, blob)
+    known = isinstance(blob, str) and re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", blob)  # it becomes a file's name
+    return RemoteFile(sibling.rfilename, sibling.size, blob if known else None)
 
 
 def _prepare(job: Job) -> None:
@@ -243,7 +245,7 @@ def fetch_blob(job: Job, file: RemoteFile) -> None:
         have = 0
     with partial.open("ab") as out:
         http_get(
-            hf_hub_url(job.repo, file.name, revision=job.commit, endpoint=os.environ.get("HF_ENDPOINT")),
+            hf_hub_url(job.repo, file.name, revision=job.commit),
             out,
             resume_size=have,
             headers=build_hf_headers(),
@@ -257,7 +259,10 @@ def fetch_blob(job: Job, file: RemoteFile) -> None:
 
 def blob_hash(path: Path, like: str) -> str:
     """sha256 of a file, or git's sha1 when `like` is as long as one."""
-    digest = hashlib.sha256() if len(like) == 64 else hashlib.sha1(b"blob %d\0" % path.stat().st_size)
+    if len(like) == 64:
+        digest = hashlib.sha256()
+    else:
+        digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
@@ -277,17 +282,17 @@ def _link(job: Job, file: RemoteFile) -> None:
 
 def retried(action: Callable[[], T], delay_s: float) -> T:
     """`action()`, tried again when the trouble may pass: connections, time-outs, the server's own errors."""
-    for attempt in range(1, _TRIES + 1):
+    attempt = 1
+    while True:
         try:
             return action()
         except Exception as error:
             if attempt == _TRIES or not may_pass(error):
                 raise
-            _log.warning(
-                "%s: %s; trying again (%d of %d)", type(error).__name__, _first_line(error), attempt, _TRIES - 1
-            )
-            time.sleep(delay_s * 2 ** (attempt - 1))
-    raise AssertionError("unreachable")
+            what = f"{type(error).__name__}: {_first_line(error)}"
+        _log.warning("%s; trying again (%d of %d)", what, attempt, _TRIES - 1)
+        time.sleep(delay_s * 2 ** (attempt - 1))
+        attempt += 1
 
 
 def may_pass(error: Exception) -> bool:
@@ -305,10 +310,10 @@ def _first_line(error: Exception) -> str:
 @contextlib.contextmanager
 def explained(repo: str, revision: str) -> Iterator[None]:
     """Turns what huggingface_hub and the system raise into a DownloadError with a sentence that says what to do."""
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors, get_token
 
-    page = f"{os.environ.get('HF_ENDPOINT') or 'https://huggingface.co'}/{repo}"
-    token = "the token in HF_TOKEN has no access" if os.environ.get("HF_TOKEN") else "no token is set"
+    page = f"{constants.ENDPOINT}/{repo}"
+    token = "the token that is set has no access" if get_token() else "no token is set"
     try:
         yield
     except DownloadError:

@@ -62,6 +62,8 @@ class Fetcher:
             if local is not None:
                 directory, commit = local, None
                 self._check_complete(local)
+                if self._flags.revision is not None:
+                    _log.warning("`revision` has no effect: `model_id` is a directory, not an id on the Hub")
             else:
                 directory, commit = await self._from_hub(model_id, self._flags.revision or "main")
             if self._override is not None:

@@ -20,10 +20,10 @@ import tgi_demo
 from . import children, console, gpu, preflight, resources
 from .checks import check_flags
 from .child_configs import Ambient, ModelSource
-from .children import Programs
+from .children import Programs, installed_programs
 from .console import Console, LogLevels
 from .env_report import report
-from .errors import LauncherError
+from .errors import ArgumentValidation
 from .explain import Evidence
 from .facts import read_model
 from .fetch import Fetcher
@@ -36,7 +36,6 @@ from .resources import Machine
 from .supervisor import Settings, Signalled, Supervisor, peak_rss_bytes, reachable
 
 _log = logging.getLogger("tgi_launcher")
-_DEFAULT_PROGRAMS = Programs()
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,18 +44,18 @@ class Launch:
 
     flags: Flags
     environ: Mapping[str, str]
-    commands: Programs
+    programs: Programs
     console: Console
     levels: LogLevels
     begun_s: float
 
 
-def run(flags: Flags, environ: Mapping[str, str], commands: Programs = _DEFAULT_PROGRAMS) -> int:
+def run(flags: Flags, environ: Mapping[str, str], programs: Programs | None = None) -> int:
     """Exit status of a launch that ended in an orderly way; raises LauncherError otherwise."""
     out = console.Console(sys.stdout, json_output=flags.json_output, color=console.wants_color(sys.stdout, environ))
     levels = console.parse_log_level(environ.get("LOG_LEVEL"))
     console.setup(out, levels.launcher)
-    launch = Launch(flags, environ, commands, out, levels, resources.process_start_s())
+    launch = Launch(flags, environ, programs or installed_programs(), out, levels, resources.process_start_s())
     if levels.not_understood:
         _log.warning("LOG_LEVEL: %s not understood; known are debug, info, warn, error", list(levels.not_understood))
     for notice in check_flags(flags, environ):
@@ -65,6 +64,7 @@ def run(flags: Flags, environ: Mapping[str, str], commands: Programs = _DEFAULT_
     if flags.env:
         _log.info("%s", report(machine, environ))
     world_size = num_shards(flags, machine.device_count).value
+    preflight.check_files(flags)
     preflight.check_ports(flags)
     launch = dataclasses.replace(launch, flags=_with_master_port(flags, world_size))
     for warning in preflight.machine_warnings(world_size, "cuda" if machine.gpus else "cpu"):
@@ -82,7 +82,10 @@ def _with_master_port(flags: Flags, world_size: int) -> Flags:
 def survey(environ: Mapping[str, str]) -> Machine:
     """What this machine offers to the children."""
     gpus = gpu.query()
-    usable = gpu.visible(gpus, environ) if gpus and gpu.torch_has_cuda() else ()
+    visible = gpu.visible(gpus, environ)
+    usable = visible if visible and gpu.torch_has_cuda() else ()
+    if visible and not usable:
+        _log.warning("%d GPU(s) found, but the installed torch was built without CUDA: using the CPU", len(visible))
     return Machine(resources.memory(), resources.usable_cores(), usable, gpu.device_count(environ, gpus))
 
 
@@ -151,9 +154,9 @@ async def _find_model(
         directory = tgi_demo.model_path()
         _log.info("No --model-id given: serving the embedded demo model %s from %s", tgi_demo.MODEL_ID, directory)
         if not (directory / "config.json").is_file():
-            raise LauncherError(f"the embedded demo model is not installed: {directory} has no config.json")
+            raise ArgumentValidation(f"the demo model is not installed ({directory} is incomplete): give --model-id")
         return ModelSource(str(directory), tgi_demo.MODEL_ID, "embedded demo model")
-    fetcher = Fetcher(launch.flags, launch.environ, launch.commands, launch.console, guard, queue, runtime_dir)
+    fetcher = Fetcher(launch.flags, launch.environ, launch.programs, launch.console, guard, queue, runtime_dir)
     return await fetcher.model()
 
 
@@ -174,8 +177,8 @@ def _settings(launch: Launch, plan: LaunchPlan, runtime_dir: Path, guard: Guard)
     for rank in range(len(plan.shards)):
         guard.watch_path(f"{flags.shard_uds_path}-{rank}")
     return Settings(
-        shards=children.shard_commands(plan, launch.commands, launch.environ),
-        router=children.router_command(plan, launch.commands, launch.environ, key_file),
+        shards=children.shard_commands(plan, launch.programs, launch.environ),
+        router=children.router_command(plan, launch.programs, launch.environ, key_file),
         uds_path=flags.shard_uds_path,
         stall_timeout_s=flags.stall_timeout,
         grace_s=float(flags.graceful_termination_timeout),

@@ -20,6 +20,13 @@ LEAST_FILES = 4096
 _MAX_SOCKET_PATH = 107  # sockaddr_un holds 108 bytes with the final zero
 
 
+def check_files(flags: Flags) -> None:
+    """Raises ArgumentValidation when a file that was named is not there."""
+    path = flags.tokenizer_config_path
+    if path is not None and not Path(path).is_file():
+        raise ArgumentValidation(f"`tokenizer_config_path` is '{path}', but there is no such file")
+
+
 def check_ports(flags: Flags) -> None:
     """Raises ArgumentValidation when a port we are to listen on is taken."""
     host, _, _ = resolve_hostname(flags)

@@ -25,7 +25,7 @@ from .startup import Startup
 
 ATTRIBUTION_S = 0.25  # ranks that die within this time of each other are judged together
 SHARD_STOP_S = 5.0
-ABORT_STOP_S = 2.0  # for a router that has nothing left to wait for
+ABORT_STOP_S = 5.0  # for a router that has nothing left to wait for
 WAITING_NOTE_S = 10.0
 PROGRESS_NOTE_S = 2.0
 DUMP_S = 0.5
