@@ -190,6 +190,15 @@ async def test_files_that_cannot_be_used_are_told(tmp_path: Path, changes: dict[
     await group.stop()
 
 
+async def test_a_model_without_a_tokenizer_is_told_without_waiting_for_shards(tmp_path: Path) -> None:
+    config = replace(CONFIG, model_dir=str(tmp_path), master_shard_uds_path=str(tmp_path / "none-0"))
+    metrics = Metrics()
+    batcher = Batcher(config, metrics)
+    with pytest.raises(StartupError, match=r"no `tokenizer.json`"):
+        await asyncio.wait_for(start(config, batcher, metrics), 30)
+    await batcher.stop()
+
+
 async def test_a_port_in_use_is_told(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -24,7 +24,7 @@ from jinja2.utils import Namespace
 from .errors import StartupError, TemplateError
 from .tokenizer import SPECIAL_NAMES, read_json, token_name
 
-_MAX_SECONDS = 10.0
+_MAX_SECONDS = 3.0  # a long chat takes some 10 ms
 _TAG = "<<<the final message continues here>>> "  # found again after rendering; the space shows whether it was trimmed
 _REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
 

@@ -20,6 +20,7 @@ from tgi_proto import generate_pb2 as pb
 from .errors import ValidationError
 
 U64_MAX = 2**64 - 1
+MAX_STOP_CHARS = 1000  # each token costs up to the square of it; TGI never found one of more than 300
 U32 = Annotated[int, Meta(ge=0, le=2**32 - 1)]
 I32 = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
 USIZE = Annotated[int, Meta(ge=0)]
@@ -81,6 +82,9 @@ def _stop(value: list[str], parameters: "GenerateParameters", limits: Limits) ->
         )
     if any(not stop for stop in value):
         return "`stop` must not contain an empty string"
+    longest = max(map(len, value), default=0)
+    if longest > MAX_STOP_CHARS:
+        return f"`stop` sequences must have at most {MAX_STOP_CHARS} characters. Given: {longest}"
     return None
 
 
