@@ -55,7 +55,7 @@ TABLE: list[tuple[dict[str, Any], str]] = [
         {"stop": ["a", "b", "c"]},
         "`stop` supports up to 2 stop sequences. Given: 3" + RAISES.format("--max-stop-sequences"),
     ),
-    ({"stop": ["x" * 1001]}, "`stop` sequences must have at most 1000 characters. Given: 1001"),
+    ({"stop": ["x" * 301]}, "`stop` sequences must have at most 300 characters. Given: 301"),
     ({"stop": [""]}, "`stop` must not contain an empty string"),
     ({"seed": 1, "best_of": 2, "do_sample": True}, "`seed` must not be set when `best_of` > 1"),
     ({"seed": 2**64}, "`seed` must be <= 18446744073709551615. Given: 18446744073709551616"),

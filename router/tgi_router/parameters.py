@@ -20,7 +20,7 @@ from tgi_proto import generate_pb2 as pb
 from .errors import ValidationError
 
 U64_MAX = 2**64 - 1
-MAX_STOP_CHARS = 1000  # each token costs up to the square of it; TGI never found one of more than 300
+MAX_STOP_CHARS = 300  # a token may cost the square of it; TGI found no longer ones either
 U32 = Annotated[int, Meta(ge=0, le=2**32 - 1)]
 I32 = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
 USIZE = Annotated[int, Meta(ge=0)]
