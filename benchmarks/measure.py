@@ -74,13 +74,28 @@ def summarize(outcomes: Sequence[Outcome]) -> Json:
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
-def process_cpu_s(pid: int) -> float:
-    """User and system CPU seconds of one process so far. 0.0 when it is gone."""
+def process_times_s(pid: int) -> tuple[float, float]:
+    """User and system CPU seconds of one process so far. Zeros when it is gone."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return 0.0
-    return (int(fields[11]) + int(fields[12])) / _TICKS_PER_S
+        return 0.0, 0.0
+    return int(fields[11]) / _TICKS_PER_S, int(fields[12]) / _TICKS_PER_S
+
+
+def process_cpu_s(pid: int) -> float:
+    """CPU seconds of one process so far. 0.0 when it is gone."""
+    return sum(process_times_s(pid))
+
+
+def reference_loop_ms() -> float:
+    """CPU time of a fixed piece of Python, milliseconds: the best and the median of some tries tell how much the
+    neighbours on this machine slow down what is measured (shared caches, shared cores of the host)."""
+    begin = time.process_time()
+    total = 0
+    for i in range(300_000):
+        total += i & 3
+    return (time.process_time() - begin) * 1e3
 
 
 def descendants(pid: int) -> list[int]:

@@ -27,7 +27,7 @@ import uvloop
 from benchmarks import load, record
 from benchmarks.apis import APIS
 from benchmarks.load import Scenario
-from benchmarks.measure import percentile, process_cpu_s, table
+from benchmarks.measure import percentile, process_times_s, reference_loop_ms, table
 from benchmarks.serving import free_port
 
 Json = dict[str, Any]
@@ -83,16 +83,19 @@ def router(profile: Path | None) -> Iterator[tuple[int, str]]:
 async def measure_run(pid: int, url: str, scenario: Scenario) -> Json:
     """One run of the scenario: tokens, the router's CPU time, µs per token."""
     async with load.connect(url, model="demo", api_key=None, timeout_s=120, server_pid=pid) as target:
-        before_s = process_cpu_s(pid)
+        reference_ms = sorted(reference_loop_ms() for _ in range(9))
+        before = process_times_s(pid)
         summary = await load.run(scenario, target)
-        cpu_s = process_cpu_s(pid) - before_s
+        user_s, system_s = (after - then for after, then in zip(process_times_s(pid), before, strict=True))
     if summary["errors"]:
         raise SystemExit(f"requests failed: {summary['errors']}")
     tokens = summary["output_tokens"]
     return {
         "tokens": tokens,
-        "router_cpu_s": round(cpu_s, 3),
-        "us_per_token": round(cpu_s / tokens * 1e6, 2),
+        "us_per_token": round((user_s + system_s) / tokens * 1e6, 2),
+        "user_us_per_token": round(user_s / tokens * 1e6, 2),
+        "system_us_per_token": round(system_s / tokens * 1e6, 2),
+        "reference_loop_ms": round(percentile(reference_ms, 50), 2),
         **summary,
     }
 
@@ -145,10 +148,15 @@ def main() -> None:
         return
     median = percentile(sorted(run["us_per_token"] for run in runs), 50)
     rows = [
-        [str(i), f"{run['us_per_token']:.1f}", f"{run['output_tokens_per_s']:.0f}", f"{run['cpu']['others_s']:.1f}"]
+        [
+            str(i),
+            *(f"{run[key]:.1f}" for key in ("us_per_token", "user_us_per_token", "system_us_per_token")),
+            f"{run['output_tokens_per_s']:.0f}",
+            f"{run['reference_loop_ms']:.1f}",
+        ]
         for i, run in enumerate(runs, 1)
     ]
-    print(table(["run", "router µs/token", "tokens/s", "CPU s of others"], rows))
+    print(table(["run", "router µs/token", "user", "system", "tokens/s", "reference loop, ms"], rows))
     result = {
         "target_us_per_token": TARGET_US,
         "median_us_per_token": median,

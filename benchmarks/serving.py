@@ -5,7 +5,6 @@ Called by bench.py and startup.py. Says when things happened; what they mean is 
 
 import http.client
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -66,9 +65,7 @@ def serving(*flags: str, timeout_s: float = 300.0) -> Iterator[Serving]:
         command += ["--shard-uds-path", f"{name}/s", *flags]
         with log.open("wb") as out:
             started_s = time.time()
-            process = subprocess.Popen(
-                command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
-            )
+            process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
         try:
             while _status(port) != 200:
                 if process.poll() is not None or time.time() - started_s > timeout_s:
@@ -81,4 +78,4 @@ def serving(*flags: str, timeout_s: float = 300.0) -> Iterator[Serving]:
             try:
                 process.wait(60)
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
+                process.kill()
