@@ -222,7 +222,7 @@ def test_sigterm_drains(launch: Launch) -> None:
     """Readiness goes at once, nothing new is taken, what runs and what waits is finished, and the exit status is 0."""
     server = launch("--max-batch-size", "2")
     seeds = range(4)  # two run, two wait
-    expected = [server.generate_stream(PROMPT, **LONG, seed=seed)[-1] for seed in seeds]
+    expected = together(lambda seed: server.generate_stream(PROMPT, **LONG, seed=seed)[-1], seeds)
     streams = [server.stream("/generate_stream", {"inputs": PROMPT, "parameters": {**LONG, "seed": s}}) for s in seeds]
     wait_until(lambda: server.metric("tgi_batch_current_size") == 2, within_s=10, what="two requests run")
     server.process.send_signal(signal.SIGTERM)
