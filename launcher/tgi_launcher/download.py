@@ -334,11 +334,12 @@ def explained(repo: str, revision: str) -> Iterator[None]:
         if status in (401, 403):
             raise DownloadError(f"the Hub refused `{repo}` with {status}: set HF_TOKEN ({token})") from error
         raise DownloadError(f"the Hub answered {status} for `{repo}`: {_first_line(error)}") from error
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:  # the system's errors, and requests' or httpx', whichever huggingface_hub uses
+        number = getattr(error, "errno", None)
+        if number in (errno.ENOSPC, errno.EDQUOT):
             raise DownloadError(f"the disk is full while `{repo}` is downloaded: what came so far is kept") from error
-        raise DownloadError(f"`{repo}` could not be downloaded: {_first_line(error)}") from error
-    except Exception as error:  # requests' and httpx' own errors, whichever huggingface_hub uses
+        if number is not None:
+            raise DownloadError(f"`{repo}` could not be downloaded: {_first_line(error)}") from error
         raise DownloadError(
             f"`{repo}` could not be downloaded from {page}: {type(error).__name__}: {_first_line(error)}"
         ) from error
