@@ -325,6 +325,18 @@ def test_prompt_logprobs_survive_an_interruption_without_repetition() -> None:
     assert collected(request).logprobs == [logprob(token) for token in prompt[1:]]
 
 
+def test_after_its_prompt_logprobs_are_here_a_preempted_request_may_use_the_cache() -> None:
+    sim = Simulation(num_blocks=8, block_size=4)
+    old = sim.submit(make_valid([1] * 8, 16, seed=1))
+    new = sim.submit(make_valid([2] * 8, 16, seed=2, prompt_logprobs=True))
+    sim.run()
+    assert new.num_preemptions >= 1
+    assert sim.engine.num_computed_tokens < 2 * 23 + 16, "not all of it was computed again"
+    assert collected(new).logprobs == [logprob(2)] * 7
+    for request in (old, new):
+        assert_undisturbed(request, sim.config.vocab)
+
+
 # ---- cancelling, failing rows
 
 
@@ -483,6 +495,17 @@ def test_a_request_that_no_longer_fits_after_a_restart_is_told_so() -> None:
     sim.crash(num_blocks=5)
     assert isinstance(collected(request).error, ValidationError)
     assert sim.scheduler.is_idle
+
+
+def test_who_did_not_fit_before_a_crash_is_tried_again_after_it() -> None:
+    sim = Simulation(num_blocks=8, block_size=4)
+    first = sim.submit(make_valid([1] * 20, 2))
+    second = sim.submit(make_valid([2] * 20, 2))
+    sim.step()
+    sim.crash()
+    sim.scheduler.finish(first, sim.now)
+    sim.run()
+    assert_undisturbed(second, sim.config.vocab)
 
 
 def test_limits_without_room_are_a_bug() -> None:
