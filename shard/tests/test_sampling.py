@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from tgi_shard.errors import RowProblem
-from tgi_shard.sampling import draw, logprobs, noise, truncation
+from tgi_shard.sampling import draw, logprobs, noise, sampler, truncation
 from tgi_shard.sampling.parameters import RECORD, SamplingParameters
 from tgi_shard.sampling.sampler import Sampled, Sampler, SamplingBatch
 from tgi_shard.sampling.watermark import HASH_KEY, Watermark
@@ -45,8 +45,8 @@ def make_batch(
 
 
 def sample(logits: torch.Tensor, parameters: list[SamplingParameters], window: int = 256, **history: list) -> Sampled:
-    sampler = Sampler(logits.shape[1], Watermark(logits.shape[1], 0.5, 2.0), window)
-    return sampler(logits.clone(), make_batch(parameters, **history))
+    choose = Sampler(logits.shape[1], Watermark(logits.shape[1], 0.5, 2.0), window)
+    return choose(logits.clone(), make_batch(parameters, **history))
 
 
 def random_logits(rows: int, spread: float = 3.0, vocab: int = VOCAB, seed: int = 0) -> torch.Tensor:
@@ -195,21 +195,23 @@ DRAWN = [(0, 1.0, 1.0, 1.0), (0, 1.0, 1.0, 2.0), (20, 1.0, 1.0, 1.0), (0, 0.8, 1
 @pytest.mark.parametrize(("top_k", "top_p", "typical_p", "temperature"), DRAWN)
 @pytest.mark.parametrize("vary", ["seed", "position"])
 def test_draws_follow_the_softmax(top_k, top_p, typical_p, temperature, vary):
-    draws, vocab = 40_000, 600
+    batches, rows, vocab = 60, 500, 600
     logits = random_logits(1, 1.5, vocab)
     parameters = SamplingParameters(
         do_sample=True, top_k=top_k, top_p=top_p, typical_p=typical_p, temperature=temperature
     )
     batch = make_batch([parameters])
-    params = np.repeat(batch.params, draws)
-    positions = np.full(draws, 10)
-    if vary == "seed":
-        params["seed"] = np.arange(draws)
-    else:
-        positions = np.arange(draws)
-    many = SamplingBatch(params, np.zeros(draws, np.int64), positions, positions, batch.tokens)
-    out = Sampler(vocab, Watermark(vocab, 0.5, 2.0))(logits.expand(draws, -1).clone(), many)
-    counts = np.bincount(out.ids.numpy(), minlength=vocab)
+    choose = Sampler(vocab, Watermark(vocab, 0.5, 2.0))
+    counts = np.zeros(vocab, np.int64)
+    for first in range(0, batches * rows, rows):
+        params, positions = np.repeat(batch.params, rows), np.full(rows, 10)
+        if vary == "seed":
+            params["seed"] = np.arange(first, first + rows)
+        else:
+            positions = np.arange(first, first + rows)
+        many = SamplingBatch(params, np.zeros(rows, np.int64), positions, positions, batch.tokens)
+        ids = choose(logits.expand(rows, -1).clone(), many).ids
+        counts += np.bincount(ids.numpy(), minlength=vocab)
     expected = hf_truncated(logits / temperature, top_k, top_p, typical_p).softmax(-1)[0].double().numpy()
     assert abs(chi_square(counts, expected)) < 4
 
@@ -274,6 +276,16 @@ def test_the_frequency_penalty_counts_generated_tokens_only():
     for i in range(2):
         scores = expected[i].log_softmax(-1)
         assert all(value == pytest.approx(scores[token].item(), abs=1e-5) for token, value in out.top[i])
+
+
+def test_long_histories_are_penalised_in_parts(monkeypatch: pytest.MonkeyPatch):
+    logits, history = random_logits(5), [[i, 10 * i, 7, 7, i] * (i + 1) for i in range(5)]
+    parameters = [SamplingParameters(repetition_penalty=1.5, frequency_penalty=0.1 * i) for i in range(5)]
+    whole = sample(logits, parameters, history=history, prompts=[2] * 5)
+    monkeypatch.setattr(sampler, "_MAX_HISTORY", 60)
+    parts = sample(logits, parameters, history=history, prompts=[2] * 5)
+    assert parts.ids.tolist() == whole.ids.tolist()
+    assert parts.logprobs.tolist() == whole.logprobs.tolist()
 
 
 def test_the_watermark_is_tgis_green_list():

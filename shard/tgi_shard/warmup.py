@@ -96,20 +96,19 @@ def _estimate(shape: Shape) -> int:
 
 
 def _admission(i: int, num_tokens: int, shape: Shape) -> pb.Admission:
-    """Rows that together use every part of the sampler."""
-    sampling = pb.SamplingParameters(
-        temperature=0.7 if i % 2 else 1.0,
-        top_k=50 if i % 2 else 0,
-        top_p=0.9 if i % 2 else 1.0,
-        typical_p=0.9 if i % 4 == 3 else 1.0,
-        repetition_penalty=1.1 if i % 2 else 1.0,
-        do_sample=bool(i % 2),
-        seed=i,
+    """Every row asks for everything, which takes the most memory; but the first is greedy and wants its prompt's."""
+    greedy = pb.SamplingParameters(temperature=1.0, top_p=1.0, typical_p=1.0, repetition_penalty=1.0)
+    everything = pb.SamplingParameters(
+        temperature=0.7, top_k=50, top_p=0.9, typical_p=0.9, repetition_penalty=1.1, seed=i
     )
-    tokens = [(i + k) % shape.vocab_size for k in range(num_tokens)]
-    blocks = range(shape.blocks_for(num_tokens + 1))
     return pb.Admission(
-        request_id=i + 1, token_ids=tokens, num_prompt_tokens=num_tokens, blocks=blocks, sampling=sampling
+        request_id=i + 1,
+        token_ids=[(i + k) % shape.vocab_size for k in range(num_tokens)],
+        num_prompt_tokens=num_tokens,
+        blocks=range(shape.blocks_for(num_tokens + 1)),
+        sampling=everything if i else greedy,
+        top_n_tokens=5 if i else 0,
+        prompt_logprobs=i == 0,
     )
 
 

@@ -21,6 +21,8 @@ from .watermark import Watermark
 
 # Tokens looked at first when a row truncates. On CPU only: whether they suffice has to be read back.
 WINDOW = 256
+# Tokens of history gathered at once for penalties, padding included: bounds memory when contexts are long.
+_MAX_HISTORY = 1 << 21
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +75,17 @@ class Sampler:
             self._watermark.apply(logits, marked.tolist(), batch.tokens[rows, last].tolist())
         if params["penalises"].any():
             index = np.flatnonzero(params["penalises"])
-            lengths = batch.num_tokens[index]
-            arrays: list[NDArray[np.generic]] = [index, batch.rows[index], lengths, batch.num_prompt_tokens[index]]
-            arrays += [params[name][index] for name in ("repetition_penalty", "frequency_penalty")]
-            where, rows, known, prompts, repetition, frequency = upload(arrays, logits.device)
-            history = batch.tokens[:, : int(lengths.max())].index_select(0, rows).long()
-            penalise(logits, where, History(history, known, prompts), repetition, frequency)
+            part = max(1, _MAX_HISTORY // int(batch.num_tokens[index].max()))
+            for start in range(0, len(index), part):
+                self._penalise(logits, index[start : start + part], batch)
+
+    def _penalise(self, logits: Tensor, index: NDArray[np.int64], batch: SamplingBatch) -> None:
+        lengths = batch.num_tokens[index]
+        arrays: list[NDArray[np.generic]] = [index, batch.rows[index], lengths, batch.num_prompt_tokens[index]]
+        arrays += [batch.params[name][index] for name in ("repetition_penalty", "frequency_penalty")]
+        where, rows, known, prompts, repetition, frequency = upload(arrays, logits.device)
+        history = batch.tokens[:, : int(lengths.max())].index_select(0, rows).long()
+        penalise(logits, where, History(history, known, prompts), repetition, frequency)
 
     def _greedy(self, logits: Tensor, index: NDArray[np.int64], batch: SamplingBatch, out: Sampled) -> None:
         if len(index) == 0:
