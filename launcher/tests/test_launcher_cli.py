@@ -119,7 +119,7 @@ def test_a_flag_has_tgis_default_and_type_and_beats_its_variable(
 
 
 def test_the_table_names_every_flag_there_is() -> None:
-    assert {*(row[0] for row in ROWS), *OURS, "env"} == {name.replace("_", "-") for name in specs()}
+    assert {*(row[0] for row in ROWS), *OURS, "env", "plan"} == {name.replace("_", "-") for name in specs()}
 
 
 def test_our_own_flags_have_their_documented_defaults() -> None:
@@ -132,8 +132,8 @@ def test_p_means_port_and_g_the_grace_period_and_e_the_environment() -> None:
     assert (flags.port, flags.prometheus_port, flags.graceful_termination_timeout, flags.env) == (80, 9000, 5, True)
 
 
-def test_env_has_no_variable() -> None:
-    assert parse(ENV="true").env is False
+def test_env_and_plan_have_no_variable() -> None:
+    assert parse(ENV="true", PLAN="true") == parse()
 
 
 @pytest.mark.parametrize("flag", [row[0] for row in ROWS if is_switch(row[0])])

@@ -13,6 +13,8 @@ def test_phases_are_timed_and_described() -> None:
     startup.enter("load", 12.0)
     startup.advance(2**30, 4 * 2**30, "bytes", 12.5)
     assert startup.describe() == "load 1.0/4.0 GiB"
+    startup.advance(2**19, 2**20, "bytes", 12.5)
+    assert startup.describe() == "load 0.5/1.0 MiB"
     startup.enter("warmup", 13.0)
     startup.advance(1, 3, "steps", 13.1)
     assert startup.describe() == "warmup 1/3 steps"

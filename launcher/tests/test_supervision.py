@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import time
@@ -112,6 +113,16 @@ def test_env_is_shown_and_the_start_goes_on(launch: Launch) -> None:
     run.wait_for("Try: curl")
     assert "torch: " in run.output
     assert run.stop() == 0
+
+
+def test_the_plan_alone_starts_nothing(launch: Launch) -> None:
+    run = launch("--plan", "--max-total-tokens", "100")
+    assert run.ends() == 0
+    assert re.search("  max_total_tokens +100 +flag --max-total-tokens", run.output)
+    assert run.all_pids() == []
+    refused = launch("--plan", "--max-total-tokens", "1000")
+    assert refused.ends() == 1
+    assert "the model has 128 positions" in refused.errors[-1]
 
 
 # -- what the children get

@@ -159,6 +159,13 @@ class Flags:
         default="on",
         choices=("on", "off", "no-stack"),
     )
+    plan: bool = _flag(
+        _LOGS,
+        "Show the resolved configuration without starting anything; status 1 when it cannot be served.",
+        Kind.SWITCH,
+        False,
+        has_env=False,
+    )
     env: bool = _flag(_LOGS, "Show the runtime environment, then go on.", Kind.SWITCH, False, short="e", has_env=False)
 
     graceful_termination_timeout: int = _flag(

@@ -107,6 +107,8 @@ async def _run(launch: Launch, machine: Machine, world_size: int) -> int:
         facts = read_model(Path(source.directory))
         plan = make_plan(launch.flags, source, facts, machine, _ambient(launch))
         _show_plan(launch, plan)
+        if launch.flags.plan:
+            return 0
         supervisor = Supervisor(
             _settings(launch, plan, runtime_dir, guard), launch.console, guard, queue, _evidence_of(machine, plan)
         )

@@ -20,7 +20,7 @@ from .resources import Machine
 
 # Shown in rows of their own, whoever gave them.
 _SHOWN_ELSEWHERE = (
-    *("model_id", "num_shard", "dtype", "num_threads", "hostname", "env"),
+    *("model_id", "num_shard", "dtype", "num_threads", "hostname", "env", "plan"),
     *("max_total_tokens", "max_input_tokens", "max_input_length"),
     *("max_batch_prefill_tokens", "max_batch_total_tokens", "max_batch_size"),
 )

@@ -54,8 +54,9 @@ class Startup:
         """E.g. "load 1.2/3.4 GiB"."""
         if not self.total:
             return self.phase
-        if self.unit.lower() in ("bytes", "byte", "b"):
-            return f"{self.phase} {self.done / GIB:.1f}/{self.total / GIB:.1f} GiB"
+        if self.unit == "bytes":
+            scale, unit = (GIB, "GiB") if self.total >= GIB else (2**20, "MiB")
+            return f"{self.phase} {self.done / scale:.1f}/{self.total / scale:.1f} {unit}"
         return f"{self.phase} {self.done:g}/{self.total:g} {self.unit}".rstrip()
 
     def summary(self) -> str:
