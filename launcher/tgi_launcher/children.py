@@ -48,7 +48,9 @@ def installed_programs() -> Programs:
 
 def _base(environ: Mapping[str, str]) -> dict[str, str]:
     kept = {name: value for name, value in environ.items() if name not in _SECRETS}
-    return {**kept, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    # gRPC's C core writes lines about connections to stderr that our own records already tell.
+    quiet = {"GRPC_VERBOSITY": "NONE", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    return {**quiet, **kept, "PYTHONUNBUFFERED": "1"}
 
 
 def offline(environ: Mapping[str, str]) -> dict[str, str]:

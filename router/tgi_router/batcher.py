@@ -102,7 +102,7 @@ class Batcher:
         """
         limits = self._take_facts(await self._client.connect())
         self._scheduler = Scheduler(limits, self._ids)
-        self._enter(State.SERVING, "ready")
+        self._enter(State.SERVING, "the shards are ready")
         self._loop = asyncio.create_task(self._run(), name="batcher")
 
     def submit(self, valid: ValidRequest, sink: TokenSink) -> Request:
@@ -133,7 +133,7 @@ class Batcher:
     async def drain(self) -> None:
         """From now on refuses new requests; returns when the last one has ended."""
         self._draining = True
-        self._enter(State.DRAINING, "draining: running requests are finished, new ones refused")
+        self._enter(State.DRAINING, "running requests are finished, new ones refused")
         self._note_drained()
         self._wake.set()
         await self._drained.wait()
@@ -157,7 +157,7 @@ class Batcher:
                 self._scheduler.finish(request, time.monotonic())
                 self._fail(request, IncompleteGeneration())
         self._drained.set()
-        self._enter(State.STOPPED, "stopped")
+        self._enter(State.STOPPED, "nothing runs any more")
 
     # ---- the loop
 
@@ -307,9 +307,9 @@ class Batcher:
             self._fail(request, error)
         self._metrics.shard_restarts.inc()
         if self._draining:
-            self._enter(State.DRAINING, "draining: running requests are finished, new ones refused")
+            self._enter(State.DRAINING, "running requests are finished, new ones refused")
         else:
-            self._enter(State.SERVING, "ready")
+            self._enter(State.SERVING, "the shards are ready")
 
     def _drop_in_flight(self) -> None:
         for sent in self._in_flight:
