@@ -73,7 +73,7 @@ def tokens(events: list[Json]) -> list[Any]:
 
 
 def undisturbed(server: Server) -> list[list[Any]]:
-    """What CASES end with when nothing happens. All at once, which is faster and changes no token: test_generation.py."""
+    """What CASES end with when nothing happens. All at once: faster, and it changes no token (test_generation.py)."""
     return [tokens(client.end()) for client in [Client(server, case) for case in CASES]]
 
 
