@@ -24,7 +24,7 @@ _SMALL_SHM = GIB
 class Evidence:
     """What is known about the machine at the time of a death."""
 
-    oom_kills: int = 0  # of this cgroup, since the start
+    oom_kills: int = 0  # of this cgroup, since the last death that was looked into
     memory_limit: int = 0  # bytes
     memory_limited_by: str = "machine"
     peak_rss: int = 0  # bytes, of the largest child that has ended so far

@@ -202,9 +202,11 @@ def _evidence_of(machine: Machine, plan: LaunchPlan) -> Callable[[], Evidence]:
     kills_before = machine.memory.oom_kills
 
     def gather() -> Evidence:
+        nonlocal kills_before
         memory = resources.memory()
+        kills, kills_before = memory.oom_kills - kills_before, memory.oom_kills
         return Evidence(
-            oom_kills=memory.oom_kills - kills_before,
+            oom_kills=kills,
             memory_limit=memory.limit,
             memory_limited_by=memory.limited_by,
             peak_rss=peak_rss_bytes(),

@@ -339,8 +339,10 @@ class Supervisor:
     async def _stop_all(self, graceful: bool) -> None:
         """Ends every child and removes the sockets. The router goes first: nothing may reach a shard that is gone."""
         if self._router is not None:
-            drained = graceful and self._draining
-            await self._router.stop(0.0 if drained else ABORT_STOP_S, "the launcher is stopping")
+            if graceful and self._draining:  # it has had its time
+                self._router.kill("the grace period is over")
+                await self._router.wait()
+            await self._router.stop(ABORT_STOP_S, "the launcher is stopping")
             _log.info("webserver terminated")
         if self._shards:
             _log.info("Shutting down shards")
