@@ -282,14 +282,14 @@ class ShardProcess:
         response_type = service.METHODS[method][1]
         path = f"/{service.SERVICE}/{method}"
         call = self._channel.unary_unary(path, type(request).SerializeToString, response_type.FromString)
-        return call.future(request, timeout=60, wait_for_ready=True)
+        return call.future(request, timeout=200, wait_for_ready=True)
 
     def call(self, method: str, request: Any) -> Any:
         return self.start(method, request).result()
 
     def wait(self) -> int:
         """Its exit status, with the rest of its log read."""
-        stdout, _ = self.process.communicate(timeout=60)
+        stdout, _ = self.process.communicate(timeout=200)
         for line in stdout.splitlines():
             self._record(line)
         return self.process.returncode

@@ -130,25 +130,12 @@ def test_a_hanging_step_leaves_health_answering_and_termination_working(model_di
         assert rank.wait() == 0
 
 
-@pytest.mark.parametrize(
-    ("fields", "cause"),
-    [
-        ({"faults": "load:raise"}, "InjectedFault: injected fault at load"),
-        ({"max_total_tokens": 1000}, "`--max-total-tokens` 1000 is more than the 256 positions of the model"),
-        (
-            {"max_total_tokens": 200, "max_kv_tokens": 100},
-            "the KV pool would hold 100 tokens, one request may",
-        ),
-        ({"faults": "nowhere:raise"}, "`--faults` 'nowhere:raise'"),
-    ],
-)
-def test_a_start_that_cannot_be_ends_with_its_cause(model_dir: Path, tmp_path: Path, fields: dict, cause: str):
-    group = ShardGroup(model_dir, tmp_path, **fields)
-    (rank,) = group.ranks
+def test_a_start_that_fails_ends_with_its_cause(model_dir: Path, tmp_path: Path):
+    (rank,) = ShardGroup(model_dir, tmp_path, faults="load:raise").ranks
     assert rank.wait() == 1
+    assert rank.phases == ["import", "load"]
     assert rank.records[-1]["level"] == "CRITICAL"
-    assert rank.records[-1]["message"].startswith(cause)
-    assert "ready" not in rank.phases
+    assert rank.records[-1]["message"].startswith("InjectedFault: injected fault at load\nTraceback")
 
 
 class FakeEngine:
@@ -165,7 +152,7 @@ class FakeEngine:
 
     def step(self, admissions: list[pb.Admission], plan: pb.StepPlan) -> pb.StepResponse:
         self.started.set()
-        assert self.go_on.wait(20)
+        assert self.go_on.wait(120)
         if self.fails:
             raise ValueError("unlucky\nnumber")
         self.steps.append(plan.step)
@@ -183,7 +170,7 @@ class Served:
         ready = asyncio.Event()
         serving = server.serve(self.engine, pb.InfoResponse(rank=0, max_steps_in_flight=4), self._uds_path, ready.set)
         self.task = asyncio.create_task(serving)
-        await asyncio.wait_for(ready.wait(), 20)
+        await asyncio.wait_for(ready.wait(), 120)
         self._channel = grpc.aio.insecure_channel(channel.address(self._uds_path, 0))
         return self
 
@@ -192,10 +179,10 @@ class Served:
         await self._channel.close()
         if not self.task.done():
             os.kill(os.getpid(), signal.SIGTERM)
-        await asyncio.wait_for(self.task, 20)
+        await asyncio.wait_for(self.task, 120)
 
     def call(self, method: str, request: object) -> grpc.aio.UnaryUnaryCall:
-        return service.stub(self._channel, method)(request.SerializeToString(), timeout=20)
+        return service.stub(self._channel, method)(request.SerializeToString(), timeout=120)
 
     def decode(self, step: int) -> grpc.aio.UnaryUnaryCall:
         return self.call("Decode", pb.DecodeRequest(plan=pb.StepPlan(step=step)))
@@ -204,7 +191,7 @@ class Served:
 async def test_steps_are_executed_in_order_while_health_answers(tmp_path: Path):
     async with Served(tmp_path) as served:
         calls = [served.decode(step) for step in (1, 2, 3)]
-        await asyncio.to_thread(served.engine.started.wait, 20)
+        await asyncio.to_thread(served.engine.started.wait, 120)
         await served.call("Health", pb.HealthRequest())
         assert served.engine.steps == []
         served.engine.go_on.set()
@@ -253,7 +240,7 @@ async def test_a_failed_engine_answers_what_waits_and_ends_the_server(tmp_path: 
     async with Served(tmp_path) as served:
         served.engine.fails = True
         calls = [served.decode(1)]
-        await asyncio.to_thread(served.engine.started.wait, 20)
+        await asyncio.to_thread(served.engine.started.wait, 120)
         calls.append(served.decode(2))
         await served.call("Health", pb.HealthRequest())
         served.engine.go_on.set()

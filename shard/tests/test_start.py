@@ -161,6 +161,21 @@ def test_prepare_gives_an_engine_that_generates(model_dir: Path):
 
 
 @pytest.mark.parametrize(
+    ("fields", "cause"),
+    [
+        ({"max_total_tokens": 1000}, "`--max-total-tokens` 1000 is more than the 256 positions of the model"),
+        ({"max_total_tokens": 200, "max_kv_tokens": 96}, "the KV pool would hold 96 tokens, one request may need 208"),
+        ({"faults": "nowhere:raise"}, "`--faults` 'nowhere:raise'"),
+    ],
+)
+def test_a_start_that_cannot_be_says_why(model_dir: Path, fields: dict, cause: str):
+    shard = ShardConfig(model_dir=str(model_dir), model_id="tiny", device="cpu", num_threads=1, **fields)
+    with pytest.raises(StartError) as caught:
+        start.prepare(shard, logging.getLogger("test"))
+    assert str(caught.value).startswith(cause)
+
+
+@pytest.mark.parametrize(
     ("hf", "flag", "device", "expected"),
     [
         ({"torch_dtype": "bfloat16"}, None, "cpu", torch.float32),
