@@ -82,7 +82,7 @@ class Launched:
     def output(self) -> str:
         return "\n".join(self.lines)
 
-    def wait_for(self, pattern: str, count: int = 1, timeout_s: float = 30.0) -> str:
+    def wait_for(self, pattern: str, count: int = 1, timeout_s: float = 90.0) -> str:
         """The `count`-th line that matches; fails when it does not come."""
         deadline = time.monotonic() + timeout_s
         with self._changed:
@@ -101,7 +101,7 @@ class Launched:
     def signal(self, number: int) -> None:
         self.process.send_signal(number)
 
-    def ends(self, timeout_s: float = 30.0) -> int:
+    def ends(self, timeout_s: float = 90.0) -> int:
         """Exit status, after everything it wrote was read."""
         try:
             status = self.process.wait(timeout_s)
@@ -119,7 +119,7 @@ class Launched:
         """Pid of the `start`-th start of a fake shard ("shard-0"), or of the router."""
         files = {"router": "router.pid", "grandchild": "grandchild"}
         path = self.folder / files.get(name, f"{name}.start-{start}")
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 90
         while time.monotonic() < deadline:
             if path.exists() and path.read_text():
                 return int(path.read_text())
@@ -143,7 +143,7 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def eventually(condition: Callable[[], bool], timeout_s: float = 10.0) -> bool:
+def eventually(condition: Callable[[], bool], timeout_s: float = 30.0) -> bool:
     """Whether `condition` comes true in time."""
     deadline = time.monotonic() + timeout_s
     while not condition():

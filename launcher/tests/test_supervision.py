@@ -24,8 +24,8 @@ def is_alive(pid: int) -> bool:
 
 
 def eventually(condition: Callable[[], bool]) -> bool:
-    """Whether `condition` comes true within ten seconds."""
-    deadline = time.monotonic() + 10
+    """Whether `condition` comes true within half a minute."""
+    deadline = time.monotonic() + 30
     while not condition():
         if time.monotonic() > deadline:
             return False
@@ -84,7 +84,7 @@ def test_a_second_signal_ends_it_at_once(launch: Launch) -> None:
     run.signal(signal.SIGTERM)
     run.wait_for("draining")
     run.signal(signal.SIGTERM)
-    assert run.ends(10) == 128 + signal.SIGTERM
+    assert run.ends() == 128 + signal.SIGTERM
     assert run.leftovers() == []
 
 
