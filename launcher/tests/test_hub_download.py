@@ -483,13 +483,13 @@ def test_a_stalled_download_is_killed_and_resumed(
         "--model-id",
         "org/tiny",
         "--stall-timeout",
-        "6",
+        "8",
         HF_ENDPOINT=fake.url,
         HF_HUB_CACHE=str(tmp_path),
         HF_TOKEN_PATH="/nowhere",
     )
     run.wait_for("Download: 2 MiB of 3 MiB")
-    run.wait_for("download made no progress for 6.0 s")
+    run.wait_for("download made no progress for 8.0 s")
     fake.stall_after = None
     run.wait_for("download: Resuming: ")
     run.wait_for("download: Downloaded org/tiny")

@@ -173,13 +173,13 @@ def test_a_traceback_of_a_failing_rank_is_shown(launch: Launch) -> None:
 
 
 def test_a_shard_without_progress_is_stopped_and_its_phase_named(launch: Launch) -> None:
-    run = launch("--stall-timeout", "4", shard="load:hang")
+    run = launch("--stall-timeout", "8", shard="load:hang")
     assert run.ends() == 1
-    assert "shard-0 is stuck: no progress for 4 s in phase load 2.0/2.0 GiB" in run.output
+    assert "shard-0 is stuck: no progress for 8 s in phase load 2.0/2.0 GiB" in run.output
 
 
 def test_a_router_that_never_serves_is_a_failed_start(launch: Launch) -> None:
-    run = launch("--stall-timeout", "4", router="silent")
+    run = launch("--stall-timeout", "8", router="silent")
     assert run.ends() == 1
     assert "WebserverCannotStart" in run.errors[-1]
 
