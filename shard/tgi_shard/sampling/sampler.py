@@ -45,6 +45,16 @@ class Sampled:
     top: dict[int, TopTokens] = field(default_factory=dict)  # for the rows of the batch that want them
 
 
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """Chosen tokens of n rows, and the distributions they come from."""
+
+    tokens: Tensor  # [n] int64
+    z: Tensor  # [n, K] logits, -inf = impossible
+    norm: Tensor  # [n] their logsumexp
+    ids: Tensor | None = None  # [n, K] the token of each column; None: column = id
+
+
 class Sampler:
     """One per engine. Holds nothing between steps but the watermark's cached lists."""
 
@@ -91,15 +101,14 @@ class Sampler:
         if len(index) == 0:
             return
         z = _rows_of(logits, index)
-        ids = z.argmax(-1)
-        self._put(out, index, batch, ids, z.new_zeros(len(index)), z.log_softmax(-1), None)
+        self._put(out, index, batch, _Choice(z.argmax(-1), z.log_softmax(-1), z.new_zeros(len(index))))
 
     def _drawn(self, logits: Tensor, index: NDArray[np.int64], batch: SamplingBatch, out: Sampled) -> None:
         if len(index) == 0:
             return
         z = self._scaled(logits, index, batch)
         ids, norm = draw.from_vocabulary(z, self._keys(index, batch, z.device))
-        self._put(out, index, batch, ids, norm, z, None)
+        self._put(out, index, batch, _Choice(ids, z, norm))
 
     def _truncated(self, logits: Tensor, index: NDArray[np.int64], batch: SamplingBatch, out: Sampled) -> None:
         if len(index) == 0:
@@ -116,7 +125,7 @@ class Sampler:
         uses["typical_p"] = (params["typical_p"] < 1).any()
         z = truncation.over_vocabulary(z, limits, **{name: bool(used) for name, used in uses.items()})
         ids, norm = draw.from_vocabulary(z, self._keys(index, batch, z.device))
-        self._put(out, index, batch, ids, norm, z, None)
+        self._put(out, index, batch, _Choice(ids, z, norm))
 
     def _from_window(
         self,
@@ -140,7 +149,7 @@ class Sampler:
                 values, ids = values[fits], ids[fits]
             done = index[fitting]
             chosen, norm = draw.from_candidates(values, ids, self._vocab_size, self._keys(done, batch, z.device))
-            self._put(out, done, batch, chosen, norm, values, ids)
+            self._put(out, done, batch, _Choice(chosen, values, norm, ids))
         is_left = np.ones(len(index), np.bool_)
         is_left[fitting] = False
         left = np.flatnonzero(is_left)
@@ -159,27 +168,18 @@ class Sampler:
     def _keys(self, index: NDArray[np.int64], batch: SamplingBatch, device: torch.device) -> Tensor:
         return upload([noise.keys(batch.params["seed"][index], batch.num_tokens[index])], device)[0]
 
-    def _put(
-        self,
-        out: Sampled,
-        index: NDArray[np.int64],
-        batch: SamplingBatch,
-        chosen: Tensor,
-        norm: Tensor,
-        z: Tensor,
-        ids: Tensor | None,
-    ) -> None:
-        """Stores rows `index`: token `chosen`. z `[n, K]`: of tokens `ids` (None: column = id); norm logsumexp."""
-        column = chosen.unsqueeze(1) if ids is None else (ids == chosen.unsqueeze(1)).int().argmax(-1, keepdim=True)
-        logprob = z.gather(1, column).squeeze(1) - norm
-        (where,) = upload([index], z.device)
-        out.ids[where] = chosen
-        out.logprobs[where] = logprob
+    def _put(self, out: Sampled, index: NDArray[np.int64], batch: SamplingBatch, choice: _Choice) -> None:
+        """Stores the tokens of rows `index`, their log-probabilities, and the top tokens of those that want them."""
+        chosen, ids = choice.tokens.unsqueeze(1), choice.ids
+        column = chosen if ids is None else (ids == chosen).int().argmax(-1, keepdim=True)
+        (where,) = upload([index], choice.z.device)
+        out.ids[where] = choice.tokens
+        out.logprobs[where] = choice.z.gather(1, column).squeeze(1) - choice.norm
         wanted = batch.params["top_n"][index]
         if wanted.any():
             some = np.flatnonzero(wanted)
-            pick, counts = upload([some, wanted[some]], z.device)
-            scores = z[pick] - norm[pick].unsqueeze(1)
+            pick, counts = upload([some, wanted[some]], choice.z.device)
+            scores = choice.z[pick] - choice.norm[pick].unsqueeze(1)
             found = top_tokens(scores, None if ids is None else ids[pick], counts)
             out.top.update(zip(index[some].tolist(), found, strict=True))
 
