@@ -16,6 +16,8 @@ GREETING = "Hello! Ask me what something in Python's standard library does."
 THANKS = "You are welcome."
 MODEL_CARD = "I was trained on the sources and docstrings of Python's standard library."
 
+WELL_KNOWN_TIMES = 12
+
 Message = dict[str, object]
 
 
@@ -163,9 +165,9 @@ def with_system(rng: random.Random, messages: list[Message]) -> Conversation:
 
 
 def one_pass(facts: list[Fact], seed: int) -> list[Conversation]:
-    """Every fact once (well-known ones twice) in chats of one to three questions, with other talk mixed in."""
+    """Every fact once, well-known ones more often, in chats of one to three questions, with other talk mixed in."""
     rng = random.Random(seed)
-    queue = [fact for fact in facts for _ in range(2 if fact.well_known else 1)]
+    queue = [fact for fact in facts for _ in range(WELL_KNOWN_TIMES if fact.well_known else 1)]
     rng.shuffle(queue)
     conversations: list[Conversation] = []
     while queue:

@@ -41,8 +41,9 @@ STAGES = [
     (0.0, Mixture(library=2, tests=1, chat=1, length=1024)),
     (0.1, Mixture(library=10, tests=4, chat=2, length=256)),
     (0.3, Mixture(library=5, tests=2, chat=1, length=512)),
-    (0.6, Mixture(library=5, tests=1, chat=2, length=1024)),
-    (0.85, Mixture(library=3, tests=0, chat=1, length=MAX_POSITIONS)),
+    (0.6, Mixture(library=4, tests=1, chat=3, length=1024)),
+    (0.75, Mixture(library=4, tests=0, chat=4, length=1024)),
+    (0.86, Mixture(library=3, tests=0, chat=1, length=MAX_POSITIONS)),
 ]
 
 
@@ -70,8 +71,8 @@ class Recipe:
 
 
 RECIPES = {
-    "model": Recipe(steps=2600, minutes=75, matrix_lr=0.007, embedding_lr=0.003),
-    "draft": Recipe(steps=2600, minutes=15, matrix_lr=0.01, embedding_lr=0.004),
+    "model": Recipe(steps=3200, minutes=79, matrix_lr=0.007, embedding_lr=0.003),
+    "draft": Recipe(steps=3200, minutes=6, matrix_lr=0.01, embedding_lr=0.004),
 }
 
 
