@@ -78,7 +78,9 @@ class Parallel:
         if self._distributed is None:
             return x
         parts = x.new_empty((self.world_size * x.shape[0], *x.shape[1:]))
-        self._distributed.all_gather_into_tensor(parts, x.contiguous())
+        # torch 2.13 has renamed it; 2.11 and 2.12 know the old name only.
+        gather = getattr(self._distributed, "all_gather_single", self._distributed.all_gather_into_tensor)
+        gather(parts, x.contiguous())
         return parts.view(self.world_size, *x.shape).movedim(0, -2).flatten(-2)
 
     def min_int(self, value: int) -> int:
