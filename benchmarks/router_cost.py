@@ -53,8 +53,9 @@ def _answers(port: int) -> bool:
 
 
 @contextmanager
-def router(profile: Path | None) -> Iterator[tuple[int, str]]:
-    """A router on a fake shard: (its pid, its URL). profile: where cProfile writes."""
+def router(profile: Path | None, *, pin: bool) -> Iterator[tuple[int, str]]:
+    """A router on a fake shard: (its pid, its URL). profile: where cProfile writes. pin: it gets a core for itself."""
+    cores = sorted(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory(prefix="tgi-router-") as folder:
         port = free_port()
         script = str(Path(sys.executable).with_name("text-generation-router"))
@@ -65,7 +66,12 @@ def router(profile: Path | None) -> Iterator[tuple[int, str]]:
         log = (Path(folder) / "log").open("wb")
         fake = [sys.executable, str(FAKE_SHARD), "--uds-path", f"{folder}/s", *FAKE_FLAGS.split()]
         shard = subprocess.Popen(fake, stdout=log, stderr=log)
+        if pin:
+            os.sched_setaffinity(shard.pid, cores[:-1])
+            os.sched_setaffinity(0, cores[-1:])  # the router inherits it
         process = subprocess.Popen(command, stdout=log, stderr=log)
+        if pin:
+            os.sched_setaffinity(0, cores[:-1])
         try:
             deadline = time.monotonic() + 60
             while not _answers(port):
@@ -124,6 +130,7 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--output-tokens", type=int, default=256)
     parser.add_argument("--api", choices=sorted(APIS), default="tgi")
+    parser.add_argument("--pin", action="store_true", help="give the router a core for itself")
     parser.add_argument("--profile", action="store_true", help="run once under cProfile and print the hot spots")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
@@ -136,7 +143,7 @@ def main() -> None:
         output_tokens=arguments.output_tokens,
     )
     profile = Path(tempfile.gettempdir()) / f"router-{os.getpid()}.prof" if arguments.profile else None
-    with router(profile) as (pid, url):
+    with router(profile, pin=arguments.pin) as (pid, url):
         uvloop.run(measure_run(pid, url, replace(scenario, requests=arguments.streams)))  # warm-up
         runs = [
             uvloop.run(measure_run(pid, url, replace(scenario, seed=seed)))
