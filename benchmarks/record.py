@@ -61,7 +61,7 @@ def environment() -> dict[str, Any]:
         "versions": _versions(),
         "hardware": {
             "cpu": _cpu_model(),
-            "cores": len(os.sched_getaffinity(0)),
+            "cores": os.cpu_count(),
             "memory_gib": round(memory_bytes / 2**30, 1),
             "gpus": gpus,
             "system": platform.platform(),

@@ -5,6 +5,8 @@
 
 Real gRPC, real HTTP, real tokenizer; the shard (router/tests/fake_shard.py) answers at once with made-up tokens, so
 every step carries all streams. The figure is user + system time of the router's process from /proc, divided by tokens.
+The router has a core for itself: every write to a client on the same machine otherwise wakes the load generator on the
+router's core, and the figure is the price of their switching (`--no-pin` shows it), which remote clients do not cause.
 """
 
 import argparse
@@ -56,6 +58,7 @@ def _answers(port: int) -> bool:
 def router(profile: Path | None, *, pin: bool) -> Iterator[tuple[int, str]]:
     """A router on a fake shard: (its pid, its URL). profile: where cProfile writes. pin: it gets a core for itself."""
     cores = sorted(os.sched_getaffinity(0))
+    pin = pin and len(cores) > 1
     with tempfile.TemporaryDirectory(prefix="tgi-router-") as folder:
         port = free_port()
         script = str(Path(sys.executable).with_name("text-generation-router"))
@@ -130,7 +133,9 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--output-tokens", type=int, default=256)
     parser.add_argument("--api", choices=sorted(APIS), default="tgi")
-    parser.add_argument("--pin", action="store_true", help="give the router a core for itself")
+    parser.add_argument(
+        "--pin", action=argparse.BooleanOptionalAction, default=True, help="give the router a core for itself"
+    )
     parser.add_argument("--profile", action="store_true", help="run once under cProfile and print the hot spots")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
