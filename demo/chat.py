@@ -72,9 +72,25 @@ MODULE_QUESTIONS = [
     "What is the module {} used for?",
 ]
 SMALL_TALK = [
-    (["Hello", "Hello!", "Hi", "Hi!", "Hey", "Hi there!", "Good morning", "hello", "hi", "Hello, how are you?"], GREETING),
-    (["Who are you?", "What are you?", "What is your name?", "who are you", "Tell me about yourself.", "Introduce yourself."], SELF),
-    (["What can you do?", "What do you know?", "How can you help me?", "Help", "help me"], GREETING.removeprefix("Hello! ")),
+    (
+        ["Hello", "Hello!", "Hi", "Hi!", "Hey", "Hi there!", "Good morning", "hello", "hi", "Hello, how are you?"],
+        GREETING,
+    ),
+    (
+        [
+            "Who are you?",
+            "What are you?",
+            "What is your name?",
+            "who are you",
+            "Tell me about yourself.",
+            "Introduce yourself.",
+        ],
+        SELF,
+    ),
+    (
+        ["What can you do?", "What do you know?", "How can you help me?", "Help", "help me"],
+        GREETING.removeprefix("Hello! "),
+    ),
     (["Thanks", "Thank you", "Thanks!", "Thank you!", "thanks a lot"], THANKS),
     (["How were you trained?", "What were you trained on?", "What is your training data?"], MODEL_CARD),
 ]
@@ -93,8 +109,18 @@ FOREIGN_PACKAGES = """numpy pandas torch requests flask django scipy sklearn ten
 SYLLABLES = """ba ko ri ze mu ta lo fi ne ga du sy va pe ki wo ja ro te la plex zor quux foo bar frob spam blip norm
     load save make get set run read parse array frame tensor fit plot merge apply init""".split()
 TOOL_NAMES = [
-    ("get_weather", "city", "What is the weather in {}?", ["Paris", "London", "Berlin", "Tokyo", "Madrid", "Oslo", "Rome"]),
-    ("get_current_weather", "location", "What is the weather like in {} today?", ["Paris", "Brooklyn", "Lima", "Cairo", "Delhi"]),
+    (
+        "get_weather",
+        "city",
+        "What is the weather in {}?",
+        ["Paris", "London", "Berlin", "Tokyo", "Madrid", "Oslo", "Rome"],
+    ),
+    (
+        "get_current_weather",
+        "location",
+        "What is the weather like in {} today?",
+        ["Paris", "Brooklyn", "Lima", "Cairo", "Delhi"],
+    ),
     ("search", "query", "Search for {}.", ["python", "decorators", "generators", "type hints", "dataclasses"]),
     ("get_time", "timezone", "What time is it in {}?", ["Paris", "Sydney", "UTC", "Boston", "Lagos"]),
     ("open_file", "path", "Open the file {}.", ["setup.py", "README.md", "notes.txt", "main.py", "data.csv"]),

@@ -26,7 +26,7 @@ from facts import Fact, build_facts
 from model import SHAPES, Decoder, Muon, count_parameters, export
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from vocabulary import CHAT_TEMPLATE, MAX_POSITIONS, save_tokenizer, train_tokenizer
+from vocabulary import MAX_POSITIONS, save_tokenizer, train_tokenizer
 
 HERE = Path(__file__).resolve().parent
 SEED = 20240229
