@@ -152,6 +152,46 @@ async def test_a_quiet_stream_returns_nothing_in_between(monkeypatch: pytest.Mon
     stream.close()
 
 
+async def test_a_token_is_written_at_once_without_waking_the_reader_unless_it_cannot_be() -> None:
+    stream, one = choice(max_new_tokens=4)
+    written: list[tuple[int, bool]] = []
+    room = [True, False, True, True]
+
+    def write_now(choice: Choice, token: stream_module.GeneratedToken) -> bool:
+        if room.pop(0):
+            written.append((token.id, token is choice.last_token))
+            return True
+        return False
+
+    stream.write_now = write_now
+    reader = asyncio.create_task(stream.next())
+    await asyncio.sleep(0)
+    one.token(Token(5, -0.5))
+    await asyncio.sleep(0)
+    assert (written, reader.done()) == ([(5, False)], False)
+    one.token(Token(6, -0.5))  # there is no room: it waits, and what follows it waits behind it
+    one.token(Token(7, -0.5))
+    batch = await reader
+    assert batch is not None
+    assert [token.id for _, token in batch] == [6, 7]
+    one.token(Token(8, -0.5))
+    assert written == [(5, False), (8, True)]
+    assert await stream.next() is None
+
+
+async def test_a_stream_that_is_written_at_once_is_not_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream_module, "KEEP_ALIVE_S", 0.2)
+    stream, one = choice()
+    stream.write_now = lambda choice, token: True
+    reader = asyncio.create_task(stream.next())
+    for _ in range(15):
+        await asyncio.sleep(0.02)
+        one.token(Token(5, -0.5))
+    assert not reader.done()
+    assert await reader == []
+    stream.close()
+
+
 async def test_too_much_unread_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream_module, "MAX_UNREAD_TOKENS", 3)
     stream, one = choice()

@@ -4,18 +4,19 @@ What the events say is the routes' business: they give the bytes. Called by rout
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
 import msgspec
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 
 from .bodies import compute_headers, error_object, is_openai
 from .errors import ApiError, presentable
 from .stream import Choice, GeneratedToken, Stream
 
 KEEP_ALIVE = b":\n\n"
+MAX_UNSENT_BYTES = 64 * 1024  # of one client, in our buffers; beyond it tokens wait in the stream
 
 
 class Events(Protocol):
@@ -40,6 +41,8 @@ async def start(request: web.Request, num_characters: int) -> web.StreamResponse
             **compute_headers(request, num_characters),
         }
     )
+    if request.version >= HttpVersion11:
+        response.enable_chunked_encoding()
     await response.prepare(request)
     await response.write(b"")
     return response
@@ -52,6 +55,8 @@ async def pump(request: web.Request, response: web.StreamResponse, stream: Strea
         raise ConnectionResetError("the client has left")
     stream.on_stall = transport.abort  # which cancels this handler
     render = events.render
+    if response.chunked:
+        stream.write_now = _chunk_writer(transport, render)
     while (batch := await stream.next()) is not None:
         if len(batch) == 1:
             await response.write(render(*batch[0]))
@@ -59,6 +64,21 @@ async def pump(request: web.Request, response: web.StreamResponse, stream: Strea
             await response.write(b"".join([render(choice, token) for choice, token in batch]))
         else:
             await response.write(KEEP_ALIVE)
+
+
+def _chunk_writer(
+    transport: asyncio.Transport, render: Callable[[Choice, GeneratedToken], bytes]
+) -> Callable[[Choice, GeneratedToken], bool]:
+    """Writes the event of a token as an HTTP chunk; does nothing while the client does not read, or has left."""
+
+    def write(choice: Choice, token: GeneratedToken) -> bool:
+        if transport.is_closing() or transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
+            return False
+        event = render(choice, token)
+        transport.write(b"%x\r\n%b\r\n" % (len(event), event))
+        return True
+
+    return write
 
 
 async def respond(

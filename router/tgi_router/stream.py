@@ -64,11 +64,14 @@ class Stream:
         """copies: choices of each prompt."""
         self.choices: list[Choice] = []  # prompt 0's first
         self.on_stall: Callable[[], None] | None = None  # called once when the client does not read
+        # Set by the reader: writes a token at once, without waking it; False when that cannot be done now. Waking a
+        # task for every token would cost a fifth of the router's time.
+        self.write_now: Callable[[Choice, GeneratedToken], bool] | None = None
         self._streaming = streaming
         self._copies = copies
         self._error: Exception | None = None
         self._unread: list[tuple[Choice, GeneratedToken]] = []
-        self._waiter: asyncio.Future[None] | None = None
+        self._waiter: asyncio.Future[bool] | None = None
         self._num_open = 0
         self._waiting_since_s = 0.0
         self._timer: asyncio.TimerHandle | None = None
@@ -79,18 +82,19 @@ class Stream:
         return self.choices[:: self._copies]
 
     async def next(self) -> list[tuple["Choice", GeneratedToken]] | None:
-        """The tokens that came since the last call; [] after 15 s without one; None when all choices are over.
+        """The tokens that came since the last call and were not written at once; None when all choices are over.
+
+        [] after 15 s without a token.
 
         Raises the first failure of a choice, after the tokens before it were read.
         """
-        if not self._unread:
+        while not self._unread:
             if self._error is not None:
                 raise self._error
             if self._num_open == 0:
                 return None
-            await self._wait()
-            if not self._unread and self._error is not None:
-                raise self._error
+            if await self._wait():
+                break
         unread, self._unread = self._unread, []
         return unread
 
@@ -115,6 +119,9 @@ class Stream:
     def put(self, choice: "Choice", token: GeneratedToken) -> None:
         """One more token of `choice`."""
         unread = self._unread
+        if self.write_now is not None and not unread and self.write_now(choice, token):
+            self._waiting_since_s = time.monotonic()
+            return
         unread.append((choice, token))
         if len(unread) > MAX_UNREAD_TOKENS and self.on_stall is not None:
             on_stall, self.on_stall = self.on_stall, None
@@ -136,30 +143,29 @@ class Stream:
             self._error = error
         self._wake()
 
-    def _wake(self) -> None:
+    def _wake(self, *, idle: bool = False) -> None:
         waiter, self._waiter = self._waiter, None
         if waiter is not None and not waiter.done():
-            waiter.set_result(None)
+            waiter.set_result(idle)
 
-    async def _wait(self) -> None:
-        """Waits for a wake-up, which may be the keep-alive timer's.
+    async def _wait(self) -> bool:
+        """Waits for a wake-up; True when it is the keep-alive timer's.
 
         One timer per stream, moved on lazily: starting and cancelling one per token would cost as much as the token.
         """
         loop = asyncio.get_running_loop()
-        self._waiting_since_s = loop.time()
+        self._waiting_since_s = time.monotonic()
         if self._timer is None and self._streaming:
             self._timer = loop.call_later(KEEP_ALIVE_S, self._keep_alive, loop)
         self._waiter = loop.create_future()
-        await self._waiter
+        return await self._waiter
 
     def _keep_alive(self, loop: asyncio.AbstractEventLoop) -> None:
-        now_s = loop.time()
-        due_s = self._waiting_since_s + KEEP_ALIVE_S
-        if now_s >= due_s:
-            self._wake()
-            due_s = now_s + KEEP_ALIVE_S
-        self._timer = loop.call_at(due_s, self._keep_alive, loop)
+        left_s = self._waiting_since_s + KEEP_ALIVE_S - time.monotonic()
+        if left_s <= 0:
+            self._wake(idle=True)
+            left_s = KEEP_ALIVE_S
+        self._timer = loop.call_later(left_s, self._keep_alive, loop)
 
 
 class Choice:
@@ -214,12 +220,13 @@ class Choice:
             text = shown
         self._shown.append(shown)
         event = GeneratedToken(token_id, logprob, text, special, shown, top)
+        if reason is not None:
+            self.finish_reason, self.last_token = reason, event
         if self._rules.streaming:
             self._stream.put(self, event)
         else:
             self.tokens.append(event)
         if reason is not None:
-            self.finish_reason, self.last_token = reason, event
             self._stream.closed()
         return reason
 
