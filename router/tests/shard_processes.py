@@ -1,6 +1,7 @@
 """Helpers for tests with real connections: fake shards as processes that can be killed and stopped, and patience."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import sys
@@ -40,6 +41,7 @@ class ShardProcess:
     async def end(self, number: signal.Signals = signal.SIGTERM) -> int:
         """Ends it, stopped or not; its exit code."""
         if self.process.returncode is None:
-            self.send(number)
-            self.send(signal.SIGCONT)
+            with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
+                self.send(number)
+                self.send(signal.SIGCONT)
         return await self.process.wait()
