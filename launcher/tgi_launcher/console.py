@@ -125,7 +125,7 @@ class Console:
         try:
             self._stream.write(text)
             self._stream.flush()
-        except (BrokenPipeError, ValueError):
+        except (OSError, ValueError):  # EPIPE from a pipe, EIO from a terminal that was closed
             # Whoever read our output is gone. Serving goes on; there is nobody to tell.
             self._gone = True
 
