@@ -6,6 +6,7 @@ import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import grpc.aio
 import pytest
 from fake_shard import FakeConfig, FakeGroup
 from shard_processes import ShardProcess, until
@@ -184,6 +185,23 @@ async def test_after_a_loss_only_new_processes_count(
     infos = await asyncio.wait_for(connecting, 20)
     assert [info.pid for info in infos] == [2000, 2001]
     assert client.lost is None
+
+
+async def test_a_late_error_of_the_lost_group_is_not_taken_for_the_next_ones(group: FakeGroup, client: Client) -> None:
+    await client.found()
+    late: asyncio.Future[pb.StepResponse] = asyncio.get_running_loop().create_future()
+    client._shards[1].steps["Decode"] = lambda message: late  # type: ignore[assignment]
+    step = client.send("Decode", UNKNOWN_ROW, 1)
+    with pytest.raises(ShardsLost):
+        await step
+    connecting = asyncio.create_task(client.connect())
+    await until(lambda: client.lost is None)
+    late.set_exception(grpc.aio.AioRpcError(grpc.StatusCode.UNKNOWN, grpc.aio.Metadata(), grpc.aio.Metadata()))
+    await group.restart()
+    infos = await asyncio.wait_for(connecting, 20)
+    assert [info.pid for info in infos] == [2000, 2001], "the pids to wait out have not been forgotten"
+    assert client.lost is None
+    assert client.losses == 1
 
 
 async def test_a_shard_that_listens_and_is_silent_from_the_start_is_reported(

@@ -148,49 +148,58 @@ class ShardedClient:
 
         The task yields rank 0's answer with the row errors of all ranks, or raises ShardsLost.
         """
-        calls = [shard.steps[method](message) for shard in self._shards]
+        shards = self._shards
+        calls = [shard.steps[method](message) for shard in shards]
         if not self._num_unanswered:
             self._oldest_since_s = time.monotonic()
         self._num_unanswered += 1
-        return asyncio.create_task(self._receive(calls, step))
+        return asyncio.create_task(self._receive(shards, calls, step))
 
-    async def _receive(self, calls: list[Awaitable[pb.StepResponse]], step: int) -> pb.StepResponse:
+    async def _receive(
+        self, shards: list[_Shard], calls: list[Awaitable[pb.StepResponse]], step: int
+    ) -> pb.StepResponse:
         if len(calls) == 1:
-            answers = [await self._one(0, calls[0])]
+            answers = [await self._one(shards, 0, calls[0])]
         else:
-            answers = await asyncio.gather(*(self._one(rank, call) for rank, call in enumerate(calls)))
-        self._oldest_since_s = time.monotonic()
-        self._num_unanswered -= 1
+            answers = await asyncio.gather(*(self._one(shards, rank, call) for rank, call in enumerate(calls)))
+        if shards is self._shards:
+            self._oldest_since_s = time.monotonic()
+            self._num_unanswered -= 1
         first = answers[0]
         if first.step != step:
-            raise self._lose(self._disagree(f"step {step} was answered with step {first.step}"))
+            raise self._disagree(shards, f"step {step} was answered with step {first.step}")
         for rank, answer in enumerate(answers[1:], start=1):
             if (answer.step, answer.digest) != (first.step, first.digest):
-                raise self._lose(self._disagree(f"ranks 0 and {rank} disagree about the tokens of step {step}"))
+                raise self._disagree(shards, f"ranks 0 and {rank} disagree about the tokens of step {step}")
             known = {failed.request_id for failed in first.errors}
             first.errors.extend(failed for failed in answer.errors if failed.request_id not in known)
         return first
 
     # ---- losing them
 
-    def _lose(self, lost: ShardsLost) -> ShardsLost:
-        """The first cause counts; hung ranks are reported once."""
+    def _lose(self, shards: list[_Shard], lost: ShardsLost) -> ShardsLost:
+        """The first cause counts; hung ranks are reported once.
+
+        shards: the connection that `lost` speaks of; a late word about an earlier one changes nothing.
+        """
+        if shards is not self._shards:
+            return lost
         if self.lost is None:
             self.lost = lost
-            self._lost_pids = frozenset(shard.info.pid for shard in self._shards)
+            self._lost_pids = frozenset(shard.info.pid for shard in shards)
             self._report_hung(lost.hung_ranks, lost.cause)
             self._on_lost()
         return self.lost
 
-    async def _one(self, rank: int, call: Awaitable[pb.StepResponse]) -> pb.StepResponse:
+    async def _one(self, shards: list[_Shard], rank: int, call: Awaitable[pb.StepResponse]) -> pb.StepResponse:
         """One rank's answer. A shard that answers with an error is about to exit and says why in its own log."""
         try:
             return await call
         except grpc.aio.AioRpcError as error:
-            raise self._lose(ShardsLost(f"rank {rank}: {error.details()}")) from error
+            raise self._lose(shards, ShardsLost(f"rank {rank}: {error.details()}")) from error
 
-    def _disagree(self, cause: str) -> ShardsLost:
-        return ShardsLost(cause, tuple(shard.rank for shard in self._shards))
+    def _disagree(self, shards: list[_Shard], cause: str) -> ShardsLost:
+        return self._lose(shards, ShardsLost(cause, tuple(shard.rank for shard in shards)))
 
     def _report_hung(self, ranks: tuple[int, ...], cause: str) -> None:
         for rank in ranks:
@@ -199,25 +208,26 @@ class ShardedClient:
 
     async def _watch(self, shard: _Shard) -> None:
         """Loses the group as soon as the connection closes, also when no call is under way."""
-        ready = grpc.ChannelConnectivity.READY
+        shards, ready = self._shards, grpc.ChannelConnectivity.READY
         await shard.channel.wait_for_state_change(ready)
-        self._lose(ShardsLost(f"rank {shard.rank} closed its connection"))
+        self._lose(shards, ShardsLost(f"rank {shard.rank} closed its connection"))
 
     async def _ping(self, shard: _Shard) -> None:
         """Loses the group when the process does not answer (stopped), or a step takes longer than the deadline."""
+        shards = self._shards
         while True:
             try:
                 await shard.health(_EMPTY, timeout=self._deadline_s)
             except grpc.aio.AioRpcError as error:
                 if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
                     cause = f"rank {shard.rank} has not answered for {self._deadline_s:g} s"
-                    self._lose(ShardsLost(cause, (shard.rank,)))
+                    self._lose(shards, ShardsLost(cause, (shard.rank,)))
                 else:
-                    self._lose(ShardsLost(f"rank {shard.rank}: {error.details()}"))
+                    self._lose(shards, ShardsLost(f"rank {shard.rank}: {error.details()}"))
                 return
             now = shard.answered_s = time.monotonic()
             if self._num_unanswered and now - self._oldest_since_s > self._deadline_s:
-                self._lose(self._overdue(now))
+                self._lose(shards, self._overdue(now))
                 return
             await asyncio.sleep(PING_S)
 
