@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
-import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -33,6 +32,7 @@ from .limits import Resolved
 from .plan import LaunchPlan, make_plan, num_shards
 from .process import Exited, Record
 from .resources import Machine
+from .signals import Signals
 from .supervisor import Settings, Signalled, Supervisor, peak_rss_bytes, reachable
 
 _log = logging.getLogger("tgi_launcher")
@@ -99,8 +99,9 @@ async def _run(launch: Launch, machine: Machine, world_size: int) -> int:
         stack.callback(guard.done)
         guard.watch_path(lock.path)
         runtime_dir = Path(stack.enter_context(_private_directory(guard)))
-        signals = _Signals(queue)
+        signals = Signals(lambda number: queue.put_nowait(Signalled(number)))
         signals.install()
+        stack.enter_context(signals.terminal(sys.stdout))
         source = await _find_model(launch, guard, queue, runtime_dir)
         if source is None:
             return 0  # a signal came first
@@ -114,27 +115,6 @@ async def _run(launch: Launch, machine: Machine, world_size: int) -> int:
         )
         signals.on_second = supervisor.kill_all
         return await supervisor.run()
-
-
-class _Signals:
-    """Turns signals into events; the second one also acts at once."""
-
-    def __init__(self, queue: "asyncio.Queue[Record | Exited | Signalled]") -> None:
-        self._queue = queue
-        self._count = 0
-        self.on_second: Callable[[], None] = lambda: None
-
-    def install(self) -> None:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
-                loop.add_signal_handler(number, self._on_signal, number)
-
-    def _on_signal(self, number: int) -> None:
-        self._count += 1
-        self._queue.put_nowait(Signalled(number))
-        if self._count > 1:
-            self.on_second()
 
 
 @contextlib.contextmanager
