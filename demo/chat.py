@@ -16,7 +16,7 @@ GREETING = "Hello! Ask me what something in Python's standard library does."
 THANKS = "You are welcome."
 MODEL_CARD = "I was trained on the sources and docstrings of Python's standard library."
 
-WELL_KNOWN_TIMES = 12
+WELL_KNOWN_TIMES = 3
 
 Message = dict[str, object]
 

@@ -36,14 +36,13 @@ VALIDATION_STEPS = 100
 
 
 # What each part of the training sees: from which progress on, and the mixture. Steps and rows are small first, as
-# progress goes with steps more than with tokens early on; then come longer rows, fewer tests and more chat.
+# progress goes with steps more than with tokens early on; then come more chat and fewer tests, then longer rows.
 STAGES = [
-    (0.0, Mixture(library=2, tests=1, chat=1, length=1024)),
-    (0.1, Mixture(library=10, tests=4, chat=2, length=256)),
-    (0.3, Mixture(library=5, tests=2, chat=1, length=512)),
-    (0.6, Mixture(library=4, tests=1, chat=3, length=1024)),
-    (0.75, Mixture(library=4, tests=0, chat=4, length=1024)),
-    (0.86, Mixture(library=3, tests=0, chat=1, length=MAX_POSITIONS)),
+    (0.0, Mixture(library=10, tests=4, chat=2, length=256)),
+    (0.12, Mixture(library=5, tests=3, chat=4, length=512)),
+    (0.45, Mixture(library=6, tests=1, chat=5, length=512)),
+    (0.8, Mixture(library=3, tests=0, chat=3, length=1024)),
+    (0.92, Mixture(library=2, tests=0, chat=1, length=MAX_POSITIONS)),
 ]
 
 
@@ -71,8 +70,8 @@ class Recipe:
 
 
 RECIPES = {
-    "model": Recipe(steps=3200, minutes=79, matrix_lr=0.007, embedding_lr=0.003),
-    "draft": Recipe(steps=3200, minutes=6, matrix_lr=0.01, embedding_lr=0.004),
+    "model": Recipe(steps=3600, minutes=75, matrix_lr=0.007, embedding_lr=0.003),
+    "draft": Recipe(steps=1800, minutes=20, matrix_lr=0.01, embedding_lr=0.004),
 }
 
 

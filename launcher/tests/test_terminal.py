@@ -57,7 +57,9 @@ def wait_for_status(folder: Path, timeout_s: float = 30.0) -> str:
     return "still running"
 
 
-def test_a_terminal_that_is_closed_ends_it_although_nobody_passes_the_hangup_on(tmp_path: Path, model_dir: Path) -> None:
+def test_a_terminal_that_is_closed_ends_it_although_nobody_passes_the_hangup_on(
+    tmp_path: Path, model_dir: Path
+) -> None:
     leader, terminal = start(tmp_path, model_dir)
     read_until(terminal, b"Ctrl-C to stop")
     os.close(terminal)
