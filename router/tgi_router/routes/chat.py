@@ -8,19 +8,19 @@ import msgspec
 from aiohttp import web
 
 from .. import sse
-from ..bodies import begin, decode, json_response, read, timing_headers
-from ..errors import ApiError, ToolError, ValidationError, WrongShape
+from ..bodies import json_response, timing_headers
+from ..errors import ToolError, ValidationError, WrongShape
 from ..openai_answers import Identity, chat_logprob, check_at_most, finish_reason, usage
-from ..parameters import OpenAISampling, from_openai
+from ..openai_requests import understand
+from ..parameters import from_openai
 from ..schemas import openai
-from ..server import SERVER, Server
-from ..stream import Choice, GeneratedToken, Rules
+from ..server import Server
+from ..stream import Choice, GeneratedToken
 from ..validation import Prompt
 
 routes = web.RouteTableDef()
 
 _decoder = msgspec.json.Decoder(openai.ChatRequest)
-_sampling_decoder = msgspec.json.Decoder(OpenAISampling)
 _encode = msgspec.json.encode
 
 # Template variables that a request's chat_template_kwargs may not replace.
@@ -32,25 +32,11 @@ _RESERVED = frozenset(
 @routes.post("/v1/chat/completions")
 async def chat_completions(request: web.Request) -> web.StreamResponse:
     """The assistant's next message."""
-    server = request.app[SERVER]
-    server.metrics.request_count.inc()
-    data = await read(request, server.config.payload_limit)
-    body = decode(data, _decoder)
-    call = begin(request)
-    try:
-        prompt = _prompt(server, body, decode(data, _sampling_decoder))
-    except ApiError as error:
-        server.infer.count_failure(error, call)
-        raise
-    server.metrics.request_count.inc()  # TGI counts the generation within, too
-    rules = Rules(
-        streaming=bool(body.stream),
-        keep_stop=bool(body.include_stop_str_in_output),
-        ignore_eos=bool(body.ignore_eos),
-    )
+    asked = await understand(request, _decoder, _prompts)
+    server, body, call = asked.server, asked.body, asked.call
     copies = body.n or 1
     answer = _Answer(server, body, copies)
-    opened = server.infer.open([prompt], rules, call, copies=copies)
+    opened = server.infer.open(asked.prompts, asked.rules, call, copies=copies)
     if body.stream:
         return await sse.respond(request, opened, answer)
     async with opened as stream:
@@ -59,7 +45,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     return json_response(answer.whole(choices), timing_headers(request, choices[:1], call))
 
 
-def _prompt(server: Server, body: openai.ChatRequest, sampling: msgspec.Struct) -> Prompt:
+def _prompts(server: Server, body: openai.ChatRequest, sampling: msgspec.Struct) -> list[Prompt]:
     """What the request asks for. Raises ValidationError or ToolError for what cannot be had."""
     body.refuse()
     _refuse_tools(body)
@@ -74,7 +60,7 @@ def _prompt(server: Server, body: openai.ChatRequest, sampling: msgspec.Struct) 
         stop=body.stops,
         top_n_tokens=body.top_logprobs if body.logprobs else None,
     )
-    return Prompt(_rendering(server, body), parameters, add_special_tokens=False)
+    return [Prompt(_rendering(server, body), parameters, add_special_tokens=False)]
 
 
 def _rendering(server: Server, body: openai.ChatRequest) -> Callable[[], str]:

@@ -7,45 +7,31 @@ import msgspec
 from aiohttp import web
 
 from .. import sse
-from ..bodies import begin, decode, json_response, read, timing_headers
-from ..errors import ApiError, BatchSizeExceeded, SuffixNotSupported, ValidationError, WrongShape
+from ..bodies import json_response, timing_headers
+from ..errors import BatchSizeExceeded, SuffixNotSupported, ValidationError, WrongShape
 from ..openai_answers import Identity, check_at_most, completion_logprobs, finish_reason, usage
-from ..parameters import GenerateParameters, OpenAISampling, from_openai
+from ..openai_requests import understand
+from ..parameters import GenerateParameters, from_openai
 from ..schemas import openai
-from ..server import SERVER, Server
-from ..stream import Choice, GeneratedToken, Rules
+from ..server import Server
+from ..stream import Choice, GeneratedToken
 from ..validation import Prompt
 
 routes = web.RouteTableDef()
 
 _decoder = msgspec.json.Decoder(openai.CompletionRequest)
-_sampling_decoder = msgspec.json.Decoder(OpenAISampling)
 _encode = msgspec.json.encode
 
 
 @routes.post("/v1/completions")
 async def completions(request: web.Request) -> web.StreamResponse:
     """What follows one or several prompts."""
-    server = request.app[SERVER]
-    server.metrics.request_count.inc()
-    data = await read(request, server.config.payload_limit)
-    body = decode(data, _decoder)
-    call = begin(request)
-    try:
-        prompts = _prompts(server, body, decode(data, _sampling_decoder))
-    except ApiError as error:
-        server.infer.count_failure(error, call)
-        raise
-    server.metrics.request_count.inc(amount=len(prompts))  # TGI counts each generation within, too
-    rules = Rules(
-        streaming=bool(body.stream),
-        keep_stop=bool(body.include_stop_str_in_output),
-        ignore_eos=bool(body.ignore_eos),
-    )
+    asked = await understand(request, _decoder, _prompts)
+    server, body, call = asked.server, asked.body, asked.call
     wanted = body.n or 1
     copies = max(wanted, body.best_of or 1)
     answer = _Answer(server, body, wanted, copies)
-    opened = server.infer.open(prompts, rules, call, copies=copies)
+    opened = server.infer.open(asked.prompts, asked.rules, call, copies=copies)
     if body.stream:
         return await sse.respond(request, opened, answer)
     async with opened as stream:

@@ -1,0 +1,64 @@
+"""How a request to /v1/chat/completions or /v1/completions begins: body in, prompts and rules out, counted as in TGI.
+
+What the prompts are is each route's business. Called by routes/chat.py and routes/completions.py.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import msgspec
+from aiohttp import web
+
+from .bodies import begin, decode, read
+from .errors import ApiError
+from .infer import Call
+from .parameters import OpenAISampling
+from .schemas import openai
+from .server import SERVER, Server
+from .stream import Rules
+from .validation import Prompt
+
+Body = TypeVar("Body", bound=openai.Common)
+
+_sampling_decoder = msgspec.json.Decoder(OpenAISampling)
+
+
+@dataclass(frozen=True, slots=True)
+class Understood(Generic[Body]):
+    """A request that its route can serve; its prompts are not validated yet."""
+
+    server: Server
+    body: Body
+    call: Call
+    prompts: list[Prompt]
+    rules: Rules
+
+
+async def understand(
+    request: web.Request,
+    decoder: msgspec.json.Decoder[Body],
+    prompts_of: Callable[[Server, Body, msgspec.Struct], list[Prompt]],
+) -> Understood[Body]:
+    """Reads and decodes the body. Raises ApiError.
+
+    prompts_of: makes the prompts from the body and its sampling parameters (parameters.OpenAISampling); the ApiErrors
+    it raises are counted as failures of this call.
+    """
+    server = request.app[SERVER]
+    server.metrics.request_count.inc()
+    data = await read(request, server.config.payload_limit)
+    body = decode(data, decoder)
+    call = begin(request)
+    try:
+        prompts = prompts_of(server, body, decode(data, _sampling_decoder))
+    except ApiError as error:
+        server.infer.count_failure(error, call)
+        raise
+    server.metrics.request_count.inc(amount=len(prompts))  # TGI counts each generation within, too
+    rules = Rules(
+        streaming=bool(body.stream),
+        keep_stop=bool(body.include_stop_str_in_output),
+        ignore_eos=bool(body.ignore_eos),
+    )
+    return Understood(server, body, call, prompts, rules)
