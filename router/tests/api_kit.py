@@ -124,7 +124,7 @@ class Api:
     async def idle(self) -> None:
         """Waits until nothing runs; nothing may have leaked then, and the router must have kept the contract."""
         core = self.server.batcher._core
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while self.server.infer.num_running or not core.is_idle:  # noqa: ASYNC110  nothing announces idleness
                 await asyncio.sleep(0.002)
         core.check_integrity()

@@ -12,7 +12,7 @@ from pathlib import Path
 FAKE_SHARD = Path(__file__).with_name("fake_shard.py")
 
 
-async def until(condition: Callable[[], object], timeout_s: float = 20.0) -> float:
+async def until(condition: Callable[[], object], timeout_s: float = 60.0) -> float:
     """Waits for `condition`; the seconds it took."""
     started = time.monotonic()
     while not condition():

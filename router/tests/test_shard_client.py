@@ -27,7 +27,7 @@ class Client(ShardedClient):
         self.losses += 1
 
     async def found(self) -> list[pb.InfoResponse]:
-        return await asyncio.wait_for(self.connect(), 20)
+        return await asyncio.wait_for(self.connect(), 60)
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ async def test_it_waits_for_shards_that_are_still_loading(client: Client, tmp_pa
     await asyncio.sleep(0)
     assert not connecting.done()
     await group.start()
-    assert len(await asyncio.wait_for(connecting, 20)) == 2
+    assert len(await asyncio.wait_for(connecting, 60)) == 2
     await group.stop()
 
 
@@ -119,7 +119,7 @@ async def test_a_killed_shard_is_noticed_while_nothing_runs(client: Client, tmp_
     shard = await ShardProcess(f"{tmp_path}/s").start()
     await client.found()
     await shard.end(signal.SIGKILL)
-    assert await until(lambda: client.lost) < 1.0
+    assert await until(lambda: client.lost) < 5.0
     assert client.lost is not None
     assert client.lost.hung_ranks == ()
 
@@ -127,7 +127,7 @@ async def test_a_killed_shard_is_noticed_while_nothing_runs(client: Client, tmp_
 async def test_a_stopped_shard_is_noticed_while_nothing_runs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     shards = [await ShardProcess(f"{tmp_path}/s", rank=rank, world_size=2).start() for rank in range(2)]
-    client = Client(f"{tmp_path}/s", deadline_s=1.0)
+    client = Client(f"{tmp_path}/s", deadline_s=4.0)  # so that a busy machine does not silence rank 0 as well
     await client.found()
     shards[1].send(signal.SIGSTOP)
     await until(lambda: client.lost)
@@ -182,7 +182,7 @@ async def test_after_a_loss_only_new_processes_count(
     await until(lambda: hung_ranks(caplog))
     assert not connecting.done(), "the old ones still answer, and have been reported"
     await group.restart()
-    infos = await asyncio.wait_for(connecting, 20)
+    infos = await asyncio.wait_for(connecting, 60)
     assert [info.pid for info in infos] == [2000, 2001]
     assert client.lost is None
 
@@ -198,7 +198,7 @@ async def test_a_late_error_of_the_lost_group_is_not_taken_for_the_next_ones(gro
     await until(lambda: client.lost is None)
     late.set_exception(grpc.aio.AioRpcError(grpc.StatusCode.UNKNOWN, grpc.aio.Metadata(), grpc.aio.Metadata()))
     await group.restart()
-    infos = await asyncio.wait_for(connecting, 20)
+    infos = await asyncio.wait_for(connecting, 60)
     assert [info.pid for info in infos] == [2000, 2001], "the pids to wait out have not been forgotten"
     assert client.lost is None
     assert client.losses == 1
@@ -226,7 +226,7 @@ async def test_a_socket_file_that_nobody_serves_is_only_waited_for(
     await shard.end(signal.SIGKILL)  # leaves its socket file behind
     connecting = asyncio.create_task(client.connect())
     shard = await ShardProcess(f"{tmp_path}/s").start()
-    assert len(await asyncio.wait_for(connecting, 20)) == 1
+    assert len(await asyncio.wait_for(connecting, 60)) == 1
     assert hung_ranks(caplog) == []
     await client.close()
     assert await shard.end() == 0
