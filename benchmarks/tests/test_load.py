@@ -31,21 +31,21 @@ async def test_every_api_counts_the_tokens_the_server_reports(stand_in: Any, api
 async def test_time_to_first_token_is_the_servers_delay(stand_in: Any) -> None:
     stand_in.first_token_s = 0.05
     summary = await run(stand_in, requests=2)
-    assert 50 <= summary["ttft_ms"]["p50"] < 200
-    assert summary["inter_token_ms"]["p50"] < 25
+    assert summary["ttft_ms"]["p50"] >= 50
+    assert summary["inter_token_ms"]["p50"] < summary["ttft_ms"]["p50"]
 
 
 async def test_a_slow_server_cannot_hide_its_queue_from_the_open_loop(stand_in: Any) -> None:
-    stand_in.first_token_s = 0.05
+    stand_in.first_token_s = 0.3
     summary = await run(stand_in, requests=10, concurrency=None, rate=200.0)
-    assert summary["wall_s"] < 0.4  # ten requests of 50 ms each did not wait for each other
-    assert summary["ttft_ms"]["max"] >= 50
+    assert summary["wall_s"] < 1.5  # ten requests of 0.3 s each did not wait for each other
+    assert summary["ttft_ms"]["max"] >= 300
 
 
 async def test_a_duration_ends_the_load(stand_in: Any) -> None:
     stand_in.first_token_s = 0.01
     summary = await run(stand_in, requests=None, duration_s=0.2)
-    assert 4 <= summary["requests"] <= 42
+    assert 1 <= summary["requests"] <= 42
 
 
 @pytest.mark.parametrize(
