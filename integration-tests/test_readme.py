@@ -137,7 +137,7 @@ def test_make_serve_starts_shows_what_to_try_and_ends_with_ctrl_c() -> None:
         os.killpg(process.pid, signal.SIGINT)
         process.stdout.read()
         process.wait(30)
-        wait_until(lambda: not harness.processes_with(f"/tmp/tgi-make-{port}"), within_s=5, what="nothing is left")
+        wait_until(lambda: not harness.processes_with(f"/tmp/tgi-make-{port}"), within_s=20, what="nothing is left")
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
