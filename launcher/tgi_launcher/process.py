@@ -80,6 +80,7 @@ class Child:
         self._console = console
         self._post = post
         self._stderr = bytearray()
+        self._dumps = False  # faulthandler's stacks are coming; the explanation of the death shows them, in one piece
         self._gone = asyncio.Event()
 
     @classmethod
@@ -199,8 +200,9 @@ class Child:
         self._stderr += line + b"\n"
         del self._stderr[:-_STDERR_KEPT]
         text = line.decode(errors="replace")
-        if not _NOISE.search(text):
+        if not self._dumps and not _NOISE.search(text):
             self._console.text(self.name, "WARNING", text, **self._rank_field())
+        self._dumps = self._dumps or text.startswith("Fatal Python error")
 
     def _rank_field(self) -> dict[str, int]:
         return {} if self.command.rank is None else {"rank": self.command.rank}
