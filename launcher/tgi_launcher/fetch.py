@@ -144,7 +144,11 @@ class Fetcher:
         if child.returncode:
             death = Death(command.name, child.returncode, command.name, child.last_error, child.stderr_tail)
             said = (child.last_error or "").splitlines()
-            raise error(said[0] if said else explain(death, Evidence()).cause)
+            if said:
+                raise error(said[0])
+            why = explain(death, Evidence())
+            _log.error("%s", why)
+            raise error(why.cause)
 
     async def _follow(self, child: Child, stall_s: float | None) -> bool:
         """Whether `child` ended by itself before it stalled. Raises Stopped at a signal."""
