@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import msgspec
@@ -11,16 +12,16 @@ from .. import sse
 from ..bodies import json_response, timing_headers
 from ..errors import ToolError, ValidationError, WrongShape
 from ..openai_answers import Identity, chat_logprob, check_at_most, finish_reason, usage
-from ..openai_requests import understand
+from ..openai_requests import Understood, understand
 from ..parameters import from_openai
 from ..schemas import openai
 from ..server import Server
-from ..stream import Choice, GeneratedToken
+from ..stream import Choice, GeneratedToken, Stream
 from ..validation import Prompt
 
 routes = web.RouteTableDef()
 
-_decoder = msgspec.json.Decoder(openai.ChatRequest)
+decoder = msgspec.json.Decoder(openai.ChatRequest)
 _encode = msgspec.json.encode
 
 # Template variables that a request's chat_template_kwargs may not replace.
@@ -32,20 +33,24 @@ _RESERVED = frozenset(
 @routes.post("/v1/chat/completions")
 async def chat_completions(request: web.Request) -> web.StreamResponse:
     """The assistant's next message."""
-    asked = await understand(request, _decoder, _prompts)
-    server, body, call = asked.server, asked.body, asked.call
-    copies = body.n or 1
-    answer = _Answer(server, body, copies)
-    opened = server.infer.open(asked.prompts, asked.rules, call, copies=copies)
-    if body.stream:
+    asked = await understand(request, decoder, prompts)
+    answer, opened = begin_answer(asked)
+    if asked.body.stream:
         return await sse.respond(request, opened, answer)
     async with opened as stream:
         await stream.finish()
         choices = stream.choices
-    return json_response(answer.whole(choices), timing_headers(request, choices[:1], call))
+    return json_response(answer.whole(choices), timing_headers(request, choices[:1], asked.call))
 
 
-def _prompts(server: Server, body: openai.ChatRequest, sampling: msgspec.Struct) -> list[Prompt]:
+def begin_answer(asked: Understood[openai.ChatRequest]) -> tuple["Answer", AbstractAsyncContextManager[Stream]]:
+    """The answer to be made and the generations it is made of, not yet begun. gRPC's chat begins here, too."""
+    copies = asked.body.n or 1
+    opened = asked.server.infer.open(asked.prompts, asked.rules, asked.call, copies=copies)
+    return Answer(asked.server, asked.body, copies), opened
+
+
+def prompts(server: Server, body: openai.ChatRequest, sampling: msgspec.Struct) -> list[Prompt]:
     """What the request asks for. Raises ValidationError or ToolError for what cannot be had."""
     body.refuse()
     _refuse_tools(body)
@@ -147,7 +152,7 @@ def _function(function: Any) -> Any:
     return {**function, "arguments": arguments} if isinstance(arguments, dict) else function
 
 
-class _Answer:
+class Answer:
     """Makes the answer to one request, whole or as events."""
 
     terminator = b"data: [DONE]\n\n"
