@@ -67,9 +67,12 @@ ROWS: list[tuple[str, Any, str, Any]] = [
     ("payload-limit", 2_000_000, "7", 7),
     ("enable-prefill-logprobs", False, "true", True),
     ("graceful-termination-timeout", 90, "7", 7),
+    ("aip-predict-route", None, "/p", "/p"),  # TGI reads Vertex AI's variables alone
+    ("aip-health-route", None, "/h", "/h"),
+    ("aip-http-port", None, "7", 7),
     ("model-id", None, "gpt2", "gpt2"),  # TGI's default is bloom-560m; ours is the embedded demo model
 ]
-OURS = ("num-threads", "step-deadline", "stall-timeout", "restart-budget")
+OURS = ("num-threads", "step-deadline", "stall-timeout", "restart-budget", "strict-params")
 
 
 def parse(*argv: str, **environ: str) -> Flags:

@@ -1,7 +1,7 @@
 """The planner on made-up machines: TGI's rules and sentences, limits that fit memory, and a reason for every value."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from hypothesis import given, settings
@@ -419,6 +419,32 @@ def test_other_flags_reach_the_child_they_are_for() -> None:
         9,
         3,
     )
+
+
+def test_vertex_ais_routes_and_strictness_reach_the_router() -> None:
+    made = plan(strict_params=True, aip_predict_route="/p", aip_health_route="/h")
+    assert (made.router.strict_params, made.router.aip_predict_route, made.router.aip_health_route) == (
+        True,
+        "/p",
+        "/h",
+    )
+
+
+def test_vertex_ais_port_beats_the_images_but_not_the_command_line() -> None:
+    assert plan(aip_http_port=8080).router.port == 8080
+    assert make_plan_with_ports({"port": "env"}).router.port == 8080
+    assert make_plan_with_ports({"port": "flag"}).router.port == 80
+
+
+@pytest.mark.parametrize("route", ["predict", "", "/{x}", "/a b"])
+def test_vertex_ais_routes_are_plain_paths(route: str) -> None:
+    assert "must be a path that begins with '/'" in error(check_flags, make_flags(aip_health_route=route), {})
+    assert check_flags(make_flags(aip_predict_route="/v1/endpoints/1/deployedModels/2:predict"), {}) == []
+
+
+def make_plan_with_ports(sources: dict[str, Literal["flag", "env"]]) -> LaunchPlan:
+    flags = Flags(port=80, aip_http_port=8080, sources=sources)
+    return make_plan(flags, ModelSource("/m", "m", "x"), make_facts(), cpu(), Ambient())
 
 
 def test_the_table_shows_what_was_given_and_never_a_key() -> None:

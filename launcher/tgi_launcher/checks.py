@@ -5,6 +5,7 @@ Sentences that TGI prints too are TGI's. Called by launch, before `plan`.
 """
 
 import ipaddress
+import re
 from collections.abc import Mapping
 
 from .errors import ArgumentValidation
@@ -111,6 +112,10 @@ def _check_ranges(flags: Flags) -> None:
         raise ArgumentValidation(f"`cuda_memory_fraction` must be in (0, 1]. Given: {flags.cuda_memory_fraction}")
     if flags.watermark_gamma is not None and not 0 < flags.watermark_gamma < 1:
         raise ArgumentValidation(f"`watermark_gamma` must be in (0, 1). Given: {flags.watermark_gamma}")
+    for name in ("aip_predict_route", "aip_health_route"):
+        route = getattr(flags, name)
+        if route is not None and not re.fullmatch(r"/[^{}\s]*", route):
+            raise ArgumentValidation(f"`{name}` must be a path that begins with '/'. Given: '{route}'")
     if flags.rope_factor is not None and flags.rope_factor <= 0:
         raise ArgumentValidation(f"`rope_factor` must be > 0. Given: {flags.rope_factor}")
 

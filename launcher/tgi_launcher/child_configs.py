@@ -97,7 +97,7 @@ def router_config(decisions: Decisions) -> RouterConfig:
     compute_type = decisions.ambient.compute_type
     if compute_type is None and decisions.card is not None:
         compute_type = f"{decisions.device.world_size}-{decisions.card}"
-    separate_metrics = flags.given("prometheus_port") and flags.prometheus_port != flags.port
+    separate_metrics = flags.given("prometheus_port") and flags.prometheus_port != flags.listen_port
     asked_kv = flags.max_batch_total_tokens is not None and limits.kv_tokens is not None
     grace_s = float(flags.graceful_termination_timeout)
     return RouterConfig(
@@ -107,9 +107,12 @@ def router_config(decisions: Decisions) -> RouterConfig:
         tokenizer_config_path=flags.tokenizer_config_path,
         master_shard_uds_path=f"{flags.shard_uds_path}-0",
         hostname=decisions.hostname,
-        port=flags.port,
+        port=flags.listen_port,
         prometheus_port=flags.prometheus_port if separate_metrics else 0,
         cors_allow_origin=flags.cors_allow_origin,
+        strict_params=flags.strict_params,
+        aip_predict_route=flags.aip_predict_route,
+        aip_health_route=flags.aip_health_route,
         payload_limit=flags.payload_limit,
         validation_workers=flags.validation_workers,
         max_concurrent_requests=flags.max_concurrent_requests,

@@ -149,6 +149,17 @@ class Flags:
     )
     api_key: str | None = _flag(_HTTP, "Key that clients must send as a bearer token.", secret=True)
     cors_allow_origin: tuple[str, ...] = _flag(_HTTP, "Origin allowed by CORS; repeat for more.", Kind.REPEATED, ())
+    strict_params: bool = _flag(
+        _HTTP,
+        "Refuse requests with unknown fields, which are otherwise listed in `x-ignored-params`.",
+        Kind.SWITCH,
+        False,
+    )
+    aip_predict_route: str | None = _flag(_HTTP, "Vertex AI: one more path of POST /vertex.")
+    aip_health_route: str | None = _flag(_HTTP, "Vertex AI: one more path of GET /health.")
+    aip_http_port: int | None = _flag(
+        _HTTP, "Vertex AI: port to listen on, unless --port stands on the command line.", Kind.U16
+    )
     validation_workers: int = _flag(_HTTP, "Threads that tokenize.", Kind.USIZE, 2)
 
     json_output: bool = _flag(_LOGS, "Write logs as JSON lines.", Kind.SWITCH, False)
@@ -198,6 +209,13 @@ class Flags:
     def given(self, name: str) -> bool:
         """Whether the user said anything about `name`."""
         return name in self.sources
+
+    @property
+    def listen_port(self) -> int:
+        """Vertex AI says its port in the environment of images that set PORT too, so only the command line beats it."""
+        if self.aip_http_port is None or self.sources.get("port") == "flag":
+            return self.port
+        return self.aip_http_port
 
     def reason(self, name: str) -> str:
         """Where the value of `name` came from, for the table of resolved values."""

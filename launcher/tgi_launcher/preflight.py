@@ -30,8 +30,8 @@ def check_files(flags: Flags) -> None:
 def check_ports(flags: Flags) -> None:
     """Raises ArgumentValidation when a port we are to listen on is taken."""
     host, _, _ = resolve_hostname(flags)
-    ports = {"port": flags.port}
-    if flags.given("prometheus_port") and flags.prometheus_port != flags.port:
+    ports = {"port": flags.listen_port}
+    if flags.given("prometheus_port") and flags.prometheus_port != flags.listen_port:
         ports["prometheus_port"] = flags.prometheus_port
     for name, port in ports.items():
         objection = port_objection(host, port)

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
-from .bodies import error_response
+from .bodies import IGNORED_PARAMS, error_response
 from .errors import ApiError, PayloadTooLarge, ShuttingDown, Unauthorized, presentable
 from .routes import chat, completions, generate, info
 from .server import REQUEST_ID, SERVER, Server
@@ -104,4 +104,6 @@ async def _add_common_headers(request: web.Request, response: web.StreamResponse
         response.headers["access-control-allow-origin"] = origin
     response.headers["vary"] = _VARY
     response.headers["x-request-id"] = request[REQUEST_ID]
+    if IGNORED_PARAMS in request:
+        response.headers["x-ignored-params"] = request[IGNORED_PARAMS]
     response.headers.popall("server", None)

@@ -15,12 +15,14 @@ from .errors import (
     MalformedBody,
     PayloadTooLarge,
     RequestTimeout,
+    UnknownFields,
     UnsupportedMediaType,
     WrongShape,
 )
 from .infer import Call, Timings
 from .server import REQUEST_ID, SERVER
 from .stream import Choice
+from .unknown_fields import header_value, known, unknown
 
 T = TypeVar("T")
 
@@ -29,6 +31,9 @@ _JSON_TYPE = re.compile(r"application/([\w.-]+\+)?json$", re.IGNORECASE)
 _READ_DEADLINE_S = 60.0
 _PATH = re.compile(r"^(?P<what>.*) - at `\$\.?(?P<path>[^`]*)`$", re.DOTALL)
 _encode = msgspec.json.encode
+
+# Names of the body's fields that were ignored, as the header `x-ignored-params` tells them; see app.py.
+IGNORED_PARAMS: web.RequestKey[str] = web.RequestKey("ignored_params", str)
 
 
 async def read(request: web.Request, limit: int) -> bytes:
@@ -47,8 +52,11 @@ async def read(request: web.Request, limit: int) -> bytes:
 
 
 async def parse(request: web.Request, decoder: msgspec.json.Decoder[T]) -> T:
-    """The body as a struct."""
-    return decode(await read(request, request.app[SERVER].config.payload_limit), decoder)
+    """The body as a struct; fields it does not declare are reported, or refused with `--strict-params`."""
+    data = await read(request, request.app[SERVER].config.payload_limit)
+    body = decode(data, decoder)
+    report_unknown(request, data, decoder.type)
+    return body
 
 
 def decode(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
@@ -59,6 +67,24 @@ def decode(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
         raise WrongShape(_with_path_first(str(error))) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise MalformedBody(str(error)) from error
+
+
+def report_unknown(request: web.Request, data: bytes, *types: type) -> None:
+    """Names the fields of `data` that none of the structs `types` declares. `data` was decoded as each of them.
+
+    Raises UnknownFields with `--strict-params`.
+    """
+    names = list(unknown(data, known(*types)))
+    if names:
+        report_ignored(request, names)
+
+
+def report_ignored(request: web.Request, names: list[str]) -> None:
+    """The response will list `names` in `x-ignored-params`. Raises UnknownFields with `--strict-params`."""
+    shown = header_value(names)
+    if request.app[SERVER].config.strict_params:
+        raise UnknownFields(shown, names[0])
+    request[IGNORED_PARAMS] = shown
 
 
 def _with_path_first(message: str) -> str:

@@ -24,8 +24,12 @@ class RouterConfig:
     prometheus_port: int = flag("Port for metrics alone; 0 = only on the main port.", 0)
     cors_allow_origin: tuple[str, ...] = flag("Origin allowed by CORS; repeat for more. None = any.", ())
     api_key_file: str | None = flag("File whose content is the API key that clients must send.", None)
+    strict_params: bool = flag("Refuse a request body with unknown fields.", False)
     payload_limit: int = flag("Largest request body, bytes.", 2_000_000)
     compute_type: str = flag("Value of the x-compute-type response header.", "gpu+optimized")
+
+    aip_predict_route: str | None = flag("One more path of POST /vertex, given by Vertex AI.", None)
+    aip_health_route: str | None = flag("One more path of GET /health, given by Vertex AI.", None)
 
     validation_workers: int = flag("Threads that tokenize.", 2)
     max_concurrent_requests: int = flag("Requests admitted at once, running and queued; more get 429.", 128)

@@ -114,6 +114,22 @@ class WrongShape(ApiError):
     prefix = "Failed to deserialize the JSON body into the target type: "
 
 
+class UnknownFields(ApiError):
+    """The body has fields that the route does not take, and `--strict-params` is on."""
+
+    status = 422
+    openai_status = 400
+    error_type = "validation"
+    openai_type = "invalid_request_error"
+    openai_code = "unknown_parameter"
+
+    def __init__(self, names: str, first: str) -> None:
+        super().__init__(
+            f"Unknown fields: `{names}`. Without `--strict-params` they are ignored and listed in `x-ignored-params`",
+            param=first,
+        )
+
+
 class UnsupportedMediaType(ApiError):
     status = 415
     error_type = "validation"

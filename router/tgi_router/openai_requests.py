@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 import msgspec
 from aiohttp import web
 
-from .bodies import begin, decode, read
+from .bodies import begin, decode, read, report_unknown
 from .errors import ApiError
 from .infer import Call
 from .parameters import OpenAISampling
@@ -49,7 +49,18 @@ async def understand(
     server.metrics.request_count.inc()
     data = await read(request, server.config.payload_limit)
     body = decode(data, decoder)
-    call = begin(request)
+    report_unknown(request, data, decoder.type, OpenAISampling)
+    return prepare(server, body, data, begin(request), prompts_of)
+
+
+def prepare(
+    server: Server,
+    body: Body,
+    data: bytes,
+    call: Call,
+    prompts_of: Callable[[Server, Body, msgspec.Struct], list[Prompt]],
+) -> Understood[Body]:
+    """What follows once `data` is decoded, over HTTP or gRPC. Raises ApiError."""
     try:
         prompts = prompts_of(server, body, decode(data, _sampling_decoder))
     except ApiError as error:

@@ -1,0 +1,89 @@
+"""Which fields of a JSON body nobody knows: the names that the request's structs do not declare.
+
+Pure, and derived from the structs alone. msgspec skips such fields without a word; here they get names, so that a
+misspelt parameter is never taken for one that was honoured. Called by bodies.py once a body was decoded.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from urllib.parse import quote
+
+import msgspec
+from msgspec import inspect
+
+_OBJECT = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_ARRAY = msgspec.json.Decoder(list[msgspec.Raw])
+_LONGEST_NAME, _LONGEST_LIST = 64, 1024  # characters shown
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What a place in a body may hold, as far as names go.
+
+    fields: the names an object has here; None = any. inner: those of them with names of their own. items: of an array.
+    """
+
+    fields: frozenset[str] | None = None
+    inner: tuple[tuple[str, "Known"], ...] = ()
+    items: "Known | None" = None
+
+
+@cache
+def known(*types: type) -> Known:
+    """What the structs `types`, all decoded from the same body, know of it."""
+    found = _known(inspect.UnionType(tuple(inspect.type_info(one) for one in types)))
+    if found is None or found.fields is None:
+        raise TypeError(f"{types} are no structs")
+    return found
+
+
+def _known(place: inspect.Type) -> Known | None:
+    """None where any name will do: dictionaries, Any, and what is no container."""
+    types = place.types if isinstance(place, inspect.UnionType) else (place,)
+    structs = [one for one in types if isinstance(one, inspect.StructType)]
+    lists = [one for one in types if isinstance(one, inspect.ListType)]
+    opaque = any(isinstance(one, inspect.DictType | inspect.AnyType | inspect.RawType) for one in types)
+    if opaque or not (structs or lists):
+        return None
+    items = _known(inspect.UnionType(tuple(one.item_type for one in lists))) if lists else None
+    if not structs:
+        return None if items is None else Known(items=items)
+    declared = {field.encode_name: _known(field.type) for struct in structs for field in struct.fields}
+    tags = {struct.tag_field for struct in structs if struct.tag_field is not None}
+    inner = tuple((name, below) for name, below in declared.items() if below is not None)
+    return Known(frozenset(declared) | tags, inner, items)
+
+
+def unknown(body: bytes | msgspec.Raw, place: Known, path: str = "") -> Iterator[str]:
+    """The paths of the fields of `body` that `place` does not know, in the body's order. body: valid JSON."""
+    first = bytes(memoryview(body)[:1])
+    if first == b"[":
+        if place.items is not None:
+            for index, item in enumerate(_ARRAY.decode(body)):
+                yield from unknown(item, place.items, f"{path}[{index}]")
+        return
+    if first in b'"-0123456789tfn' and path:
+        return
+    if place.fields is None:
+        return
+    given = _OBJECT.decode(body)
+    start = f"{path}." if path else ""
+    if not given.keys() <= place.fields:
+        yield from (start + name for name in given if name not in place.fields)
+    for name, below in place.inner:
+        if name in given:
+            yield from unknown(given[name], below, start + name)
+
+
+def header_value(names: list[str]) -> str:
+    """`names` as they may stand in a header: printable ASCII whatever the client wrote, and of bounded length."""
+    shown: list[str] = []
+    room = _LONGEST_LIST
+    for name in names:
+        text = quote(name[:_LONGEST_NAME], safe="[]")
+        room -= len(text) + 2
+        if room < 0:
+            return ", ".join([*shown, f"and {len(names) - len(shown)} more"])
+        shown.append(text)
+    return ", ".join(shown)
