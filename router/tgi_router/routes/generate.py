@@ -62,15 +62,28 @@ async def _generate(
     async with server.infer.open([Prompt(inputs, parameters)], Rules(), call, copies=copies) as stream:
         await stream.finish()
         choices = stream.choices
-    best = max(choices, key=lambda choice: choice.mean_logprob)
+    best = best_of(choices)
+    return whole_answer(server, inputs, parameters, choices), timing_headers(request, [best], call)
+
+
+def best_of(choices: Sequence[Choice]) -> Choice:
+    """The one to answer with; the first of equals."""
+    return max(choices, key=lambda choice: choice.mean_logprob)
+
+
+def whole_answer(
+    server: Server, inputs: str, parameters: GenerateParameters, choices: Sequence[Choice]
+) -> tgi.GenerateResponse:
+    """The answer made of the finished `choices`, over HTTP or gRPC."""
+    best = best_of(choices)
     before = inputs if parameters.return_full_text else ""
     answer = tgi.GenerateResponse(generated_text=before + best.text)
     if parameters.details or parameters.decoder_input_details:
         answer.details = _details(server, best)
-        if copies > 1:
+        if len(choices) > 1:
             others = [choice for choice in choices if choice is not best]
             answer.details.best_of_sequences = [_sequence(server, choice, before) for choice in others]
-    return answer, timing_headers(request, [best], call)
+    return answer
 
 
 def _details(server: Server, choice: Choice) -> tgi.Details:
