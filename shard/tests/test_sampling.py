@@ -7,11 +7,15 @@ import pytest
 import torch
 from tgi_shard.errors import RowProblem
 from tgi_shard.sampling import draw, logprobs, noise, sampler, truncation
+from tgi_shard.sampling.bias import BiasTable
 from tgi_shard.sampling.parameters import RECORD, SamplingParameters
 from tgi_shard.sampling.sampler import Sampled, Sampler, SamplingBatch
 from tgi_shard.sampling.watermark import HASH_KEY, Watermark
 from transformers.generation.logits_process import (
+    MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -35,12 +39,16 @@ def make_batch(
     for row, ids in enumerate(history):
         tokens[row, : len(ids)] = torch.tensor(ids, dtype=torch.int32)
     lengths = np.array([len(ids) for ids in history])
+    bias = BiasTable(len(parameters), torch.device("cpu"))
+    for row, one in enumerate(parameters):
+        bias.set(row, one)
     return SamplingBatch(
         params=np.array([p.record() for p in parameters], RECORD),
         rows=np.arange(len(parameters)),
         num_tokens=lengths,
         num_prompt_tokens=np.array(prompts) if prompts else lengths,
         tokens=tokens,
+        bias=bias,
     )
 
 
@@ -53,54 +61,68 @@ def random_logits(rows: int, spread: float = 3.0, vocab: int = VOCAB, seed: int 
     return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * spread
 
 
-def hf_truncated(z: torch.Tensor, top_k: int, top_p: float, typical_p: float) -> torch.Tensor:
-    """What transformers leaves of scores `[N, V]`, in TGI's order of filters."""
+def make_limits(rows: int, top_k: int, top_p: float, min_p: float, typical_p: float) -> truncation.Limits:
+    log_min_p = float(np.log(min_p)) if min_p else -torch.inf
+    values = (torch.full((rows,), value) for value in (top_p, log_min_p, typical_p))
+    return truncation.Limits(torch.full((rows,), top_k), *values)
+
+
+def hf_truncated(z: torch.Tensor, top_k: int, top_p: float, min_p: float, typical_p: float) -> torch.Tensor:
+    """What transformers leaves of scores `[N, V]`, in TGI's and its own order of filters."""
     if top_k:
         z = TopKLogitsWarper(top_k)(None, z)
     if top_p < 1:
         z = TopPLogitsWarper(top_p)(None, z)
+    if min_p:
+        z = MinPLogitsWarper(min_p)(None, z)
     if typical_p < 1:
         z = TypicalLogitsWarper(typical_p)(None, z)
     return z
 
 
 FILTERS = [
-    (1, 1.0, 1.0),
-    (50, 1.0, 1.0),
-    (0, 0.9, 1.0),
-    (0, 0.999, 1.0),
-    (0, 1e-6, 1.0),
-    (0, 1.0, 0.9),
-    (0, 1.0, 0.2),
-    (50, 0.9, 1.0),
-    (300, 0.8, 1.0),  # more than a window
-    (20, 1.0, 0.7),
-    (200, 0.95, 0.8),
-    (VOCAB, 0.95, 0.8),
-    (5000, 1.0, 1.0),  # more than there are
+    (1, 1.0, 0.0, 1.0),
+    (50, 1.0, 0.0, 1.0),
+    (0, 0.9, 0.0, 1.0),
+    (0, 0.999, 0.0, 1.0),
+    (0, 1e-6, 0.0, 1.0),
+    (0, 1.0, 0.0, 0.9),
+    (0, 1.0, 0.0, 0.2),
+    (50, 0.9, 0.0, 1.0),
+    (300, 0.8, 0.0, 1.0),  # more than a window
+    (20, 1.0, 0.0, 0.7),
+    (200, 0.95, 0.0, 0.8),
+    (VOCAB, 0.95, 0.0, 0.8),
+    (5000, 1.0, 0.0, 1.0),  # more than there are
+    (0, 1.0, 0.1, 1.0),
+    (0, 1.0, 1.0, 1.0),
+    (0, 1.0, 1e-4, 1.0),
+    (300, 0.9, 0.05, 1.0),
+    (30, 0.95, 0.02, 0.8),
 ]
 
 
 @pytest.mark.parametrize("spread", [0.1, 1.0, 4.0])
-@pytest.mark.parametrize(("top_k", "top_p", "typical_p"), FILTERS)
-def test_over_vocabulary_keeps_what_transformers_keeps(top_k, top_p, typical_p, spread, monkeypatch):
+@pytest.mark.parametrize(("top_k", "top_p", "min_p", "typical_p"), FILTERS)
+def test_over_vocabulary_keeps_what_transformers_keeps(top_k, top_p, min_p, typical_p, spread, monkeypatch):
     z = random_logits(6, spread)
-    limits = truncation.Limits(torch.full((6,), top_k), torch.full((6,), top_p), torch.full((6,), typical_p))
-    expected = hf_truncated(z, top_k, top_p, typical_p)
+    limits = make_limits(6, top_k, top_p, min_p, typical_p)
+    expected = hf_truncated(z, top_k, top_p, min_p, typical_p)
     for first_tried in (100_000, 700, 20):  # bisection only; sometimes; mostly
         monkeypatch.setattr(truncation, "_FIRST_TRIED", first_tried)
-        ours = truncation.over_vocabulary(z, limits, top_k=top_k > 0, top_p=top_p < 1, typical_p=typical_p < 1)
+        uses = {"top_k": top_k > 0, "top_p": top_p < 1, "min_p": min_p > 0, "typical_p": typical_p < 1}
+        ours = truncation.over_vocabulary(z, limits, **uses)
         torch.testing.assert_close(ours, expected)
 
 
 @pytest.mark.parametrize("spread", [0.1, 1.0, 4.0])
-@pytest.mark.parametrize(("top_k", "top_p", "typical_p"), FILTERS)
-def test_a_window_that_fits_keeps_what_transformers_keeps(top_k, top_p, typical_p, spread):
+@pytest.mark.parametrize(("top_k", "top_p", "min_p", "typical_p"), FILTERS)
+def test_a_window_that_fits_keeps_what_transformers_keeps(top_k, top_p, min_p, typical_p, spread):
     z = random_logits(6, spread)
-    limits = truncation.Limits(torch.full((6,), top_k), torch.full((6,), top_p), torch.full((6,), typical_p))
+    limits = make_limits(6, top_k, top_p, min_p, typical_p)
     values, ids, fits = truncation.in_window(z, limits, 256)
-    expected = hf_truncated(z, top_k, top_p, typical_p)
-    survivors_by_filters_before_typical = (hf_truncated(z, top_k, top_p, 1.0) > -torch.inf).sum(-1)
+    expected = hf_truncated(z, top_k, top_p, min_p, typical_p)
+    survivors_by_filters_before_typical = (hf_truncated(z, top_k, top_p, min_p, 1.0) > -torch.inf).sum(-1)
     assert fits.tolist() == ((survivors_by_filters_before_typical < 256) & (top_k <= 256)).tolist()
     ours = torch.full_like(z, -torch.inf).scatter_(1, ids, values)
     torch.testing.assert_close(ours[fits], expected[fits])
@@ -110,8 +132,8 @@ def test_ties_at_the_cut_all_survive_in_every_path():
     z = torch.zeros(1, VOCAB)
     z[0, 100:400] = 5.0  # 300 equal best tokens: more than a window
     z[0, 7] = 9.0
-    limits = truncation.Limits(torch.tensor([10]), torch.tensor([1.0]), torch.tensor([1.0]))
-    kept = truncation.over_vocabulary(z, limits, top_k=True, top_p=False, typical_p=False)
+    limits = make_limits(1, 10, 1.0, 0.0, 1.0)
+    kept = truncation.over_vocabulary(z, limits, top_k=True, top_p=False, min_p=False, typical_p=False)
     assert (kept > -torch.inf).sum() == 301
     assert not truncation.in_window(z, limits, 256)[2].item()
     z[0, 110:] = 0.0
@@ -132,6 +154,9 @@ MIXED = [
     SamplingParameters(repetition_penalty=1.3, frequency_penalty=0.5, top_n=3),
     SamplingParameters(watermark=True, top_n=2),
     SamplingParameters(watermark=True, do_sample=True, frequency_penalty=-0.5, top_n=4, seed=2**64 - 1),
+    SamplingParameters(min_p=0.1, seed=8, temperature=1.5, presence_penalty=1.0, top_n=2),
+    SamplingParameters(min_p=0.001, top_k=300, seed=9, logit_bias=((3, 5.0), (999, -100.0)), frequency_penalty=0.3),
+    SamplingParameters(do_sample=True, seed=10, min_new_tokens=9, end_token_ids=(0, 5), top_n=3),
 ]
 
 
@@ -146,9 +171,16 @@ def test_a_row_in_a_crowd_gets_the_token_it_gets_alone():
 
 
 def test_the_window_changes_nothing_but_the_work():
-    limits = [(5, 1.0, 1.0), (0, 0.5, 1.0), (300, 0.9, 2.0), (0, 0.95, 3.0)] * 25
+    limits = [
+        (5, 1.0, 0.0, 1.0),
+        (0, 0.5, 0.0, 1.0),
+        (300, 0.9, 0.0, 2.0),
+        (0, 0.95, 0.0, 3.0),
+        (0, 1.0, 0.1, 2.0),
+    ] * 20
     parameters = [
-        SamplingParameters(top_k=k, top_p=p, temperature=t, seed=s, top_n=3) for s, (k, p, t) in enumerate(limits)
+        SamplingParameters(top_k=k, top_p=p, min_p=m, temperature=t, seed=s, top_n=3)
+        for s, (k, p, m, t) in enumerate(limits)
     ]
     logits = random_logits(len(parameters))
     within, without = sample(logits, parameters, 256), sample(logits, parameters, 0)
@@ -166,13 +198,15 @@ def test_a_greedy_row_gets_the_best_token_and_its_log_probability():
     torch.testing.assert_close(out.logprobs, logits.log_softmax(-1).amax(-1))
 
 
-@pytest.mark.parametrize(("top_k", "top_p", "typical_p"), FILTERS)
+@pytest.mark.parametrize(("top_k", "top_p", "min_p", "typical_p"), FILTERS)
 @pytest.mark.parametrize("window", [0, 256])
-def test_a_sampled_row_reports_the_log_probability_of_the_processed_distribution(top_k, top_p, typical_p, window):
+def test_a_sampled_row_reports_the_log_probability_of_the_processed_distribution(
+    top_k, top_p, min_p, typical_p, window
+):
     logits = random_logits(8)
-    parameters = SamplingParameters(temperature=0.8, top_k=top_k, top_p=top_p, typical_p=typical_p)
+    parameters = SamplingParameters(temperature=0.8, top_k=top_k, top_p=top_p, min_p=min_p, typical_p=typical_p)
     out = sample(logits, [parameters] * 8, window)
-    expected = hf_truncated(TemperatureLogitsWarper(0.8)(None, logits), top_k, top_p, typical_p).log_softmax(-1)
+    expected = hf_truncated(TemperatureLogitsWarper(0.8)(None, logits), top_k, top_p, min_p, typical_p).log_softmax(-1)
     torch.testing.assert_close(out.logprobs, expected.gather(1, out.ids.unsqueeze(1)).squeeze(1), atol=1e-5, rtol=1e-5)
 
 
@@ -189,16 +223,23 @@ def chi_square(counts: np.ndarray, probabilities: np.ndarray) -> float:
     return float((statistic - freedom) / np.sqrt(2 * max(freedom, 1)))
 
 
-DRAWN = [(0, 1.0, 1.0, 1.0), (0, 1.0, 1.0, 2.0), (20, 1.0, 1.0, 1.0), (0, 0.8, 1.0, 1.5), (30, 0.9, 0.8, 1.0)]
+DRAWN = [
+    (0, 1.0, 0.0, 1.0, 1.0),
+    (0, 1.0, 0.0, 1.0, 2.0),
+    (20, 1.0, 0.0, 1.0, 1.0),
+    (0, 0.8, 0.0, 1.0, 1.5),
+    (30, 0.9, 0.0, 0.8, 1.0),
+    (0, 1.0, 0.2, 1.0, 1.5),
+]
 
 
-@pytest.mark.parametrize(("top_k", "top_p", "typical_p", "temperature"), DRAWN)
+@pytest.mark.parametrize(("top_k", "top_p", "min_p", "typical_p", "temperature"), DRAWN)
 @pytest.mark.parametrize("vary", ["seed", "position"])
-def test_draws_follow_the_softmax(top_k, top_p, typical_p, temperature, vary):
+def test_draws_follow_the_softmax(top_k, top_p, min_p, typical_p, temperature, vary):
     batches, rows, vocab = 60, 500, 600
     logits = random_logits(1, 1.5, vocab)
     parameters = SamplingParameters(
-        do_sample=True, top_k=top_k, top_p=top_p, typical_p=typical_p, temperature=temperature
+        do_sample=True, top_k=top_k, top_p=top_p, min_p=min_p, typical_p=typical_p, temperature=temperature
     )
     batch = make_batch([parameters])
     choose = Sampler(vocab, Watermark(vocab, 0.5, 2.0))
@@ -209,10 +250,10 @@ def test_draws_follow_the_softmax(top_k, top_p, typical_p, temperature, vary):
             params["seed"] = np.arange(first, first + rows)
         else:
             positions = np.arange(first, first + rows)
-        many = SamplingBatch(params, np.zeros(rows, np.int64), positions, positions, batch.tokens)
+        many = SamplingBatch(params, np.zeros(rows, np.int64), positions, positions, batch.tokens, batch.bias)
         ids = choose(logits.expand(rows, -1).clone(), many).ids
         counts += np.bincount(ids.numpy(), minlength=vocab)
-    expected = hf_truncated(logits / temperature, top_k, top_p, typical_p).softmax(-1)[0].double().numpy()
+    expected = hf_truncated(logits / temperature, top_k, top_p, min_p, typical_p).softmax(-1)[0].double().numpy()
     assert abs(chi_square(counts, expected)) < 4
 
 
@@ -278,9 +319,88 @@ def test_the_frequency_penalty_counts_generated_tokens_only():
         assert all(value == pytest.approx(scores[token].item(), abs=1e-5) for token, value in out.top[i])
 
 
+def all_logprobs(out: Sampled, row: int, vocab: int = VOCAB) -> torch.Tensor:
+    """`[V]`, of a row that asked for that many top tokens; -inf where a token is impossible."""
+    got = torch.full((vocab,), -torch.inf)
+    for token, value in out.top[row]:
+        got[token] = value
+    return got
+
+
+def test_presence_and_frequency_penalties_are_openais_formula():
+    """logit - count * frequency - (count > 0) * presence, counts over generated tokens."""
+    logits = random_logits(5)
+    history = [[5, 5, 9, 9, 9, 3], [8, 8, 8], [1, 2, 700, 2, 700], [6, 7], [4, 4, 4, 4]]
+    prompts = [3, 3, 2, 1, 1]
+    amounts = [(0.0, 0.8), (0.5, 2.0), (1.1, -0.7), (0.0, -2.0), (0.4, 0.0)]
+    parameters = [SamplingParameters(frequency_penalty=f, presence_penalty=p, top_n=VOCAB) for f, p in amounts]
+    out = sample(logits, parameters, history=history, prompts=prompts)
+    for i, (frequency, presence) in enumerate(amounts):
+        counts = torch.bincount(torch.tensor(history[i][prompts[i] :], dtype=torch.int64), minlength=VOCAB)
+        expected = logits[i] - counts * frequency - (counts > 0) * presence
+        torch.testing.assert_close(all_logprobs(out, i), expected.log_softmax(-1))
+
+
+def test_a_logit_bias_is_transformers_sequence_bias_of_single_tokens():
+    logits = random_logits(4)
+    biases = [{3: 5.0}, {0: 1.5, 999: -100.0, 500: 100.0}, {}, {i: i / 10 - 5 for i in range(100)}]
+    parameters = [SamplingParameters(logit_bias=tuple(bias.items()), top_n=VOCAB) for bias in biases]
+    out = sample(logits, parameters)
+    for i, bias in enumerate(biases):
+        expected = logits[i : i + 1]
+        if bias:
+            processor = SequenceBiasLogitsProcessor([[[token], value] for token, value in bias.items()])
+            expected = processor(torch.zeros(1, 1, dtype=torch.int64), expected)
+        torch.testing.assert_close(all_logprobs(out, i), expected.log_softmax(-1)[0])
+
+
+def test_a_bias_of_minus_100_bans_and_of_100_forces():
+    logits = random_logits(200, 5.0)
+    best = logits.argmax(-1).tolist()
+    banned = [SamplingParameters(do_sample=True, seed=s, logit_bias=((best[s], -100.0),)) for s in range(200)]
+    assert not (sample(logits, banned).ids == torch.tensor(best)).any()
+    forced = [SamplingParameters(do_sample=True, seed=s, logit_bias=((7, 100.0), (8, 100.0))) for s in range(200)]
+    assert set(sample(logits, forced).ids.tolist()) == {7, 8}
+
+
+def test_the_end_is_held_off_as_by_transformers_until_the_minimum_is_reached():
+    logits = random_logits(6)
+    logits[:, 42] = 20.0
+    history = [[1] * 4 + [2] * generated for generated in range(6)]
+    parameters = [SamplingParameters(min_new_tokens=3, end_token_ids=(42, 0), top_n=VOCAB)] * 6
+    out = sample(logits, parameters, history=history, prompts=[4] * 6)
+    for i, ids in enumerate(history):
+        processor = MinNewTokensLengthLogitsProcessor(4, 3, [42, 0], device="cpu")
+        expected = processor(torch.tensor([ids]), logits[i : i + 1])
+        got = all_logprobs(out, i)
+        assert (got[[42, 0]] < -1e8).tolist() == [i < 3] * 2
+        torch.testing.assert_close(got.exp(), expected.softmax(-1)[0])
+    assert (out.ids == 42).tolist() == [False] * 3 + [True] * 3
+
+
+def test_where_nothing_but_the_end_is_possible_it_comes_in_spite_of_the_minimum():
+    logits = torch.full((1, VOCAB), -torch.inf)
+    logits[0, 42] = 1.0
+    out = sample(logits, [SamplingParameters(min_new_tokens=3, end_token_ids=(42,))])
+    assert (out.ids.item(), out.logprobs.item()) == (42, 0.0)
+
+
+def test_a_line_of_the_bias_table_is_replaced_with_its_row():
+    table = BiasTable(2, torch.device("cpu"))
+    table.set(1, SamplingParameters(logit_bias=((4, 1.0), (5, 2.0), (6, 3.0))))
+    table.set(0, SamplingParameters(logit_bias=tuple((i, 1.0) for i in range(9))))
+    table.set(1, SamplingParameters(logit_bias=((5, 7.0),)))
+    logits = torch.zeros(1, 10)
+    table.apply(logits, torch.tensor([0]), torch.tensor([1]), torch.tensor([0]))
+    assert logits.tolist() == [[0, 0, 0, 0, 0, 7.0, 0, 0, 0, 0]]
+
+
 def test_long_histories_are_penalised_in_parts(monkeypatch: pytest.MonkeyPatch):
     logits, history = random_logits(5), [[i, 10 * i, 7, 7, i] * (i + 1) for i in range(5)]
-    parameters = [SamplingParameters(repetition_penalty=1.5, frequency_penalty=0.1 * i) for i in range(5)]
+    parameters = [
+        SamplingParameters(repetition_penalty=1.5, frequency_penalty=0.1 * i, presence_penalty=0.2 * i)
+        for i in range(5)
+    ]
     whole = sample(logits, parameters, history=history, prompts=[2] * 5)
     monkeypatch.setattr(sampler, "_MAX_HISTORY", 60)
     parts = sample(logits, parameters, history=history, prompts=[2] * 5)
@@ -370,6 +490,10 @@ def test_a_row_whose_logits_are_not_finite_is_seen_and_disturbs_nobody(bad):
         (SamplingParameters(typical_p=1.5), "typical_p"),
         (SamplingParameters(repetition_penalty=-1.0), "repetition_penalty"),
         (SamplingParameters(frequency_penalty=2.5), "frequency_penalty"),
+        (SamplingParameters(presence_penalty=-2.5), "presence_penalty"),
+        (SamplingParameters(min_p=1.5), "min_p"),
+        (SamplingParameters(min_p=float("nan")), "min_p"),
+        (SamplingParameters(logit_bias=((3, float("inf")),)), "logit_bias"),
     ],
 )
 def test_parameters_out_of_range_are_refused_by_name(parameters, name):

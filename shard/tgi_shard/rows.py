@@ -21,6 +21,7 @@ from torch import Tensor
 from .attention.base import AttentionBatch
 from .errors import Bug, RowProblem
 from .faults import Faults
+from .sampling.bias import BiasTable
 from .sampling.parameters import RECORD, SamplingParameters
 from .sampling.sampler import SamplingBatch
 from .upload import upload
@@ -84,6 +85,7 @@ class RowTable:
         max_blocks = -(-limits.max_tokens // limits.block_size)
         self._blocks = np.zeros((limits.max_rows, max_blocks), np.int32)
         self._sampling = np.zeros(limits.max_rows, RECORD)
+        self._bias = BiasTable(limits.max_rows, device)
         self._rows: dict[int, Row] = {}
         self._free = list(range(limits.max_rows))[::-1]
         self._dropped: dict[int, int] = {}  # request id → step in which its row failed
@@ -183,6 +185,7 @@ class RowTable:
                 num_tokens=context[sampling],
                 num_prompt_tokens=np.array([row.num_prompt_tokens for row in sampling_rows], np.int64),
                 tokens=self._tokens,
+                bias=self._bias,
             ),
         )
 
@@ -233,7 +236,8 @@ class RowTable:
         tokens = np.array(admission.token_ids, np.int64)
         self._check_admission(admission, tokens)
         self._faults.hit("row.apply", tokens=admission.token_ids)
-        params = sampling_parameters(admission).record()
+        parameters = sampling_parameters(admission)
+        params = parameters.record()
         row = Row(
             request_id=request_id,
             index=self._free[-1],
@@ -245,6 +249,8 @@ class RowTable:
         )
         self._append_blocks(row, admission.blocks)
         self._sampling[row.index] = params
+        if parameters.logit_bias or parameters.min_new_tokens:
+            self._bias.set(row.index, parameters)
         (device_tokens,) = upload([tokens], self._device)
         self._tokens[row.index, : len(tokens)] = device_tokens
         self._free.pop()
@@ -259,6 +265,9 @@ class RowTable:
             )
         if tokens.max() >= limits.vocab_size:
             raise RowProblem(f"token id {tokens.max()} is not in the model's vocabulary of {limits.vocab_size} tokens")
+        adjusted = [*admission.sampling.logit_bias, *admission.sampling.end_token_ids]
+        if adjusted and max(adjusted) >= limits.vocab_size:
+            raise RowProblem(f"token id {max(adjusted)} of `logit_bias` or `end_token_ids` is not in the vocabulary")
         if admission.num_cached_tokens >= count:
             raise RowProblem(
                 f"{admission.num_cached_tokens} of {count} tokens are said to be cached; one must be computed"
@@ -305,6 +314,11 @@ def sampling_parameters(admission: pb.Admission) -> SamplingParameters:
         seed=wire.seed,
         repetition_penalty=wire.repetition_penalty,
         frequency_penalty=wire.frequency_penalty,
+        presence_penalty=wire.presence_penalty,
+        min_p=wire.min_p,
+        logit_bias=tuple(sorted(wire.logit_bias.items())),
+        min_new_tokens=wire.min_new_tokens,
+        end_token_ids=tuple(wire.end_token_ids),
         watermark=wire.watermark,
         top_n=admission.top_n_tokens,
     )

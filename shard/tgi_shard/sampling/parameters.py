@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ..errors import RowProblem
 
-# One row's parameters. The last four are derived: they say which parts of the sampler the row needs at all.
+# One row's parameters. The last five are derived: they say which parts of the sampler the row needs at all.
 RECORD = np.dtype(
     [
         ("temperature", np.float32),
@@ -20,12 +20,16 @@ RECORD = np.dtype(
         ("typical_p", np.float32),
         ("repetition_penalty", np.float32),
         ("frequency_penalty", np.float32),
+        ("presence_penalty", np.float32),
+        ("log_min_p", np.float32),  # -inf = off
+        ("min_new_tokens", np.int64),
         ("seed", np.int64),  # the bits of the unsigned seed
         ("top_n", np.int64),
         ("watermark", np.bool_),
         ("samples", np.bool_),  # draws; otherwise the most likely token is taken
-        ("truncates", np.bool_),  # top-k, top-p or typical-p
+        ("truncates", np.bool_),  # top-k, top-p, min-p or typical-p
         ("penalises", np.bool_),
+        ("biased", np.bool_),  # has a logit bias
     ]
 )
 
@@ -42,13 +46,18 @@ class SamplingParameters:
     seed: int = 0
     repetition_penalty: float = 1.0
     frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    min_p: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_new_tokens: int = 0
+    end_token_ids: tuple[int, ...] = ()
     watermark: bool = False
     top_n: int = 0
 
     def record(self) -> NDArray[np.void]:
         """A RECORD scalar array. Raises RowProblem when a value is out of range."""
         self._check()
-        truncates = self.top_k > 0 or self.top_p < 1.0 or self.typical_p < 1.0
+        truncates = self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0 or self.typical_p < 1.0
         record = np.zeros((), RECORD)
         record["temperature"] = self.temperature
         record["top_k"] = self.top_k
@@ -56,12 +65,17 @@ class SamplingParameters:
         record["typical_p"] = self.typical_p
         record["repetition_penalty"] = self.repetition_penalty
         record["frequency_penalty"] = self.frequency_penalty
+        record["presence_penalty"] = self.presence_penalty
+        record["log_min_p"] = math.log(self.min_p) if self.min_p > 0.0 else -math.inf
+        record["min_new_tokens"] = self.min_new_tokens
         record["seed"] = np.uint64(self.seed).astype(np.int64)
         record["top_n"] = self.top_n
         record["watermark"] = self.watermark
         record["samples"] = self.do_sample or truncates or self.temperature != 1.0
         record["truncates"] = truncates
-        record["penalises"] = self.repetition_penalty != 1.0 or self.frequency_penalty != 0.0
+        additive = self.frequency_penalty != 0.0 or self.presence_penalty != 0.0
+        record["penalises"] = self.repetition_penalty != 1.0 or additive
+        record["biased"] = bool(self.logit_bias)
         return record
 
     def _check(self) -> None:
@@ -72,5 +86,11 @@ class SamplingParameters:
         for name, value in {"top_p": self.top_p, "typical_p": self.typical_p}.items():
             if not 0.0 < value <= 1.0:
                 raise RowProblem(f"`{name}` must be > 0 and <= 1, given: {value}")
-        if not -2.0 <= self.frequency_penalty <= 2.0:
-            raise RowProblem(f"`frequency_penalty` must be >= -2 and <= 2, given: {self.frequency_penalty}")
+        for name, value in {"frequency": self.frequency_penalty, "presence": self.presence_penalty}.items():
+            if not -2.0 <= value <= 2.0:
+                raise RowProblem(f"`{name}_penalty` must be >= -2 and <= 2, given: {value}")
+        if not 0.0 <= self.min_p <= 1.0:
+            raise RowProblem(f"`min_p` must be >= 0 and <= 1, given: {self.min_p}")
+        for token_id, bias in self.logit_bias:
+            if not math.isfinite(bias):
+                raise RowProblem(f"`logit_bias` must be finite numbers, given: {bias} for token {token_id}")

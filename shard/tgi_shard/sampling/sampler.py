@@ -1,9 +1,11 @@
 """Logits to tokens: the ordered list of what happens to a row's distribution, for all rows of a step at once.
 
-    watermark → repetition penalty → frequency penalty → temperature → top-k → top-p → typical-p → draw, or the maximum
+    bias → watermark → repetition, frequency and presence penalty → temperature → top-k → top-p → min-p → typical-p
+    → draw, or the maximum
 
-(TGI's order.) A log-probability is that of the distribution the token was drawn from. No generator state, no per-row
-Python except for rows that ask for a watermark or for top tokens; a feature no row uses costs nothing.
+(TGI's order; what TGI did not have stands where transformers has it.) A log-probability is that of the distribution the
+token was drawn from. No generator state, no per-row Python except for rows that ask for a watermark or for top tokens;
+a feature no row uses costs nothing.
 """
 
 from dataclasses import dataclass, field
@@ -15,8 +17,9 @@ from torch import Tensor
 
 from ..upload import upload
 from . import draw, noise, truncation
+from .bias import BiasTable
 from .logprobs import TopTokens, top_tokens
-from .penalties import History, penalise
+from .penalties import History, Penalties, penalise
 from .watermark import Watermark
 
 # Tokens looked at first when a row truncates. On CPU only: whether they suffice has to be read back.
@@ -34,6 +37,7 @@ class SamplingBatch:
     num_tokens: NDArray[np.int64]  # [N] known tokens = position of the token to be chosen
     num_prompt_tokens: NDArray[np.int64]  # [N]
     tokens: Tensor  # [max rows, max tokens] int32, every row's history
+    bias: BiasTable  # every row's
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +81,10 @@ class Sampler:
         return out
 
     def _adjust(self, logits: Tensor, batch: SamplingBatch) -> None:
-        """Watermark and penalties, in place."""
+        """Biases, watermark and penalties, in place."""
         params = batch.params
+        if params["biased"].any() or params["min_new_tokens"].any():
+            self._bias(logits, batch)
         if params["watermark"].any():
             marked = np.flatnonzero(params["watermark"])
             rows, last = upload([batch.rows[marked], batch.num_tokens[marked] - 1], logits.device)
@@ -89,13 +95,21 @@ class Sampler:
             for start in range(0, len(index), part):
                 self._penalise(logits, index[start : start + part], batch)
 
+    def _bias(self, logits: Tensor, batch: SamplingBatch) -> None:
+        generated = batch.num_tokens - batch.num_prompt_tokens
+        index = np.flatnonzero(batch.params["biased"] | (generated < batch.params["min_new_tokens"]))
+        if len(index):
+            batch.bias.apply(logits, *upload([index, batch.rows[index], generated[index]], logits.device))
+
     def _penalise(self, logits: Tensor, index: NDArray[np.int64], batch: SamplingBatch) -> None:
         lengths = batch.num_tokens[index]
         arrays: list[NDArray[np.generic]] = [index, batch.rows[index], lengths, batch.num_prompt_tokens[index]]
-        arrays += [batch.params[name][index] for name in ("repetition_penalty", "frequency_penalty")]
-        where, rows, known, prompts, repetition, frequency = upload(arrays, logits.device)
+        arrays += [batch.params[f"{name}_penalty"][index] for name in ("repetition", "frequency", "presence")]
+        where, rows, known, prompts, repetition, frequency, presence = upload(arrays, logits.device)
         history = batch.tokens[:, : int(lengths.max())].index_select(0, rows).long()
-        penalise(logits, where, History(history, known, prompts), repetition, frequency)
+        used = batch.params["presence_penalty"][index].any()
+        penalties = Penalties(repetition, frequency, presence if used else None)
+        penalise(logits, where, History(history, known, prompts), penalties)
 
     def _greedy(self, logits: Tensor, index: NDArray[np.int64], batch: SamplingBatch, out: Sampled) -> None:
         if len(index) == 0:
@@ -114,7 +128,7 @@ class Sampler:
         if len(index) == 0:
             return
         z = self._scaled(logits, index, batch)
-        names = ("top_k", "top_p", "typical_p")
+        names = ("top_k", "top_p", "log_min_p", "typical_p")
         limits = truncation.Limits(*upload([batch.params[name][index] for name in names], z.device))
         if z.device.type == "cpu" and 0 < self._window < self._vocab_size:
             z, limits, index = self._from_window(z, limits, index, batch, out)
@@ -122,7 +136,7 @@ class Sampler:
             return
         params = batch.params[index]
         uses = {"top_k": (params["top_k"] > 0).any(), "top_p": (params["top_p"] < 1).any()}
-        uses["typical_p"] = (params["typical_p"] < 1).any()
+        uses |= {"min_p": (params["log_min_p"] > -np.inf).any(), "typical_p": (params["typical_p"] < 1).any()}
         z = truncation.over_vocabulary(z, limits, **{name: bool(used) for name, used in uses.items()})
         ids, norm = draw.from_vocabulary(z, self._keys(index, batch, z.device))
         self._put(out, index, batch, _Choice(ids, z, norm))
@@ -138,6 +152,7 @@ class Sampler:
         """Draws for the rows whose survivors are in the window; returns what is left of z, limits and index."""
         params = batch.params[index]
         tried = ((params["top_k"] > 0) & (params["top_k"] <= self._window)) | (params["top_p"] < 1)
+        tried |= params["log_min_p"] > -np.inf
         if not tried.any():
             return z, limits, index
         rows = torch.from_numpy(np.flatnonzero(tried))

@@ -1,11 +1,12 @@
-"""Top-k, top-p and typical-p, in this order, without sorting the vocabulary.
+"""Top-k, top-p, min-p and typical-p, in this order, without sorting the vocabulary.
 
-All three are one question: what is the largest threshold t such that the tokens at or above it weigh at least so much?
+Min-p keeps the tokens at least so likely as a share of the most likely one: in logits, a distance from the largest.
+The others are one question: what is the largest threshold t such that the tokens at or above it weigh at least so much?
 
     filter       value of a token                weight         target
     top-k        its logit                       1              k
     top-p        its logit                       probability    p      (probabilities after top-k)
-    typical-p    -|information - entropy|        probability    p      (probabilities after top-k and top-p)
+    typical-p    -|information - entropy|        probability    p      (probabilities after top-k, top-p and min-p)
 
 Tokens that tie with the last one kept are kept too: so the result depends on no sort order, neither between devices nor
 between batches. (transformers' top-k does the same; its top-p keeps some of the ties, whichever the sort left there.)
@@ -27,14 +28,15 @@ _FIRST_TRIED = 4096
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Parameters of N rows. A filter that is off: top_k 0, top_p 1, typical_p 1."""
+    """Parameters of N rows. A filter that is off: top_k 0, top_p 1, log_min_p -inf, typical_p 1."""
 
     top_k: Tensor  # [N] int64
     top_p: Tensor  # [N] float32
+    log_min_p: Tensor  # [N] float32, logarithm of min-p
     typical_p: Tensor  # [N] float32
 
     def select(self, rows: Tensor) -> "Limits":
-        return Limits(self.top_k[rows], self.top_p[rows], self.typical_p[rows])
+        return Limits(self.top_k[rows], self.top_p[rows], self.log_min_p[rows], self.typical_p[rows])
 
 
 def in_window(z: Tensor, limits: Limits, size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -47,14 +49,14 @@ def in_window(z: Tensor, limits: Limits, size: int) -> tuple[Tensor, Tensor, Ten
     by_k = ((limits.top_k > 0) & (limits.top_k <= size)).unsqueeze(1)
     kth = values.gather(1, (limits.top_k.clamp(1, size) - 1).unsqueeze(1))
     threshold = torch.where(by_k, kth, -torch.inf)  # [N, 1]
-    total = (weights * (values >= threshold)).sum(-1, keepdim=True)
-    if not bool(by_k.all()):  # only the host path comes here, where looking at a value costs nothing
-        total = torch.where(by_k, total, (z - values[:, :1]).exp_().sum(-1, keepdim=True))
-
     by_p = (limits.top_p < 1).unsqueeze(1)
+    total = (weights * (values >= threshold)).sum(-1, keepdim=True)
+    if bool((by_p & ~by_k).any()):  # only the host path comes here, where looking at a value costs nothing
+        total = torch.where(by_k, total, (z - values[:, :1]).exp_().sum(-1, keepdim=True))
     mass_above = weights.cumsum(-1) - weights
     kept = (mass_above < limits.top_p.unsqueeze(1) * total).sum(-1, keepdim=True).clamp(min=1)
     threshold = torch.where(by_p, threshold.maximum(values.gather(1, kept - 1)), threshold)
+    threshold = threshold.maximum(values[:, :1] + limits.log_min_p.unsqueeze(1))
     fits = (values[:, -1] < threshold.squeeze(1)) & (limits.top_k <= size)
     survivors = torch.where(values < threshold, -torch.inf, values)  # keeps NaN: see _keep
 
@@ -69,7 +71,7 @@ def in_window(z: Tensor, limits: Limits, size: int) -> tuple[Tensor, Tensor, Ten
     return survivors, ids, fits
 
 
-def over_vocabulary(z: Tensor, limits: Limits, *, top_k: bool, top_p: bool, typical_p: bool) -> Tensor:
+def over_vocabulary(z: Tensor, limits: Limits, *, top_k: bool, top_p: bool, min_p: bool, typical_p: bool) -> Tensor:
     """z `[N, V]` with removed tokens at -inf. The flags say which filters any row uses: the host knows."""
     if top_k:
         off = limits.top_k == 0
@@ -77,6 +79,8 @@ def over_vocabulary(z: Tensor, limits: Limits, *, top_k: bool, top_p: bool, typi
         z = _keep(z, z, _threshold(z, None, target), off)
     if top_p:
         z = _keep(z, z, _threshold(z, z.softmax(-1), limits.top_p), limits.top_p >= 1)
+    if min_p:
+        z = _keep(z, z, z.amax(-1) + limits.log_min_p, limits.log_min_p == -torch.inf)
     if typical_p:
         atypicality, probability = _atypicality(z)
         typicality = atypicality.neg_()
