@@ -1,0 +1,29 @@
+"""The formats in which models write tool calls; `--tool-call-parser` names one. docs/adding/tool-parser.md
+
+A new format is a file here and a line below. `auto` takes the first one that fits the model, so the order matters.
+"""
+
+from collections.abc import Sequence
+
+from ..errors import StartupError
+from . import hermes, llama3, mistral, plain_json
+from .base import ToolFormat
+
+FORMATS: dict[str, ToolFormat] = {
+    "mistral": mistral.FORMAT,
+    "hermes": hermes.FORMAT,
+    "llama3_json": llama3.FORMAT,
+    "json": plain_json.FORMAT,
+}
+
+
+def choose(name: str, template: str, special: Sequence[str]) -> tuple[str, ToolFormat]:
+    """The format called `name`, or for `auto` the one that fits. Raises StartupError when there is none of that name.
+
+    template: the model's chat template for tools, "" when it has none. special: texts of its special tokens.
+    """
+    if name == "auto":
+        return next((key, one) for key, one in FORMATS.items() if one.fits(template, special))
+    if name not in FORMATS:
+        raise StartupError(f"`--tool-call-parser` must be auto or one of {', '.join(FORMATS)}. Given: {name}")
+    return name, FORMATS[name]

@@ -1,0 +1,31 @@
+"""Hermes and Qwen: `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, one tag for each call."""
+
+from collections.abc import Callable, Sequence
+
+from .base import Places, ToolFormat
+from .json_calls import JsonCalls, Shape
+
+_OPENING, _CLOSING = "<tool_call>", "</tool_call>"
+
+
+def _fits(template: str, special: Sequence[str]) -> bool:
+    return _OPENING in template and "<function=" not in template
+
+
+def _places(marker: Callable[[str], str]) -> Places:
+    opening, closing = marker(_OPENING), marker(_CLOSING)
+    return Places(
+        first=rf'{opening} "\n"',
+        call=r'"{\"name\": \"{name}\", \"arguments\": " {arguments} "}"',
+        between=rf'"\n" {closing} "\n" {opening} "\n"',
+        last=rf'"\n" {closing}',
+    )
+
+
+FORMAT = ToolFormat(
+    fits=_fits,
+    parser=lambda names: JsonCalls(Shape(openings=(_OPENING,), closing=_CLOSING), names),
+    places=_places,
+    openings=(_OPENING,),
+    markers=(_CLOSING,),
+)

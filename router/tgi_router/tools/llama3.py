@@ -1,0 +1,30 @@
+"""Llama 3: the message is `{"name": ..., "parameters": {...}}`; `<|python_tag|>` may stand before it, `;` between calls."""
+
+from collections.abc import Callable, Sequence
+
+from .base import Places, ToolFormat
+from .json_calls import JsonCalls, Shape
+
+_OPENING = "<|python_tag|>"
+
+
+def _fits(template: str, special: Sequence[str]) -> bool:
+    return _OPENING in template or (_OPENING in special and '"parameters"' in template)
+
+
+def _places(marker: Callable[[str], str]) -> Places:
+    return Places(
+        first="",
+        call=r'"{\"name\": \"{name}\", \"parameters\": " {arguments} "}"',
+        between='"; "',
+        last="",
+    )
+
+
+FORMAT = ToolFormat(
+    fits=_fits,
+    parser=lambda names: JsonCalls(Shape(openings=(_OPENING,), bare=True, separators=";"), names),
+    places=_places,
+    openings=(_OPENING,),
+    starts=r'\{[ \n]*"name"[ \n]*:',
+)
