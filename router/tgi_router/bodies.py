@@ -74,7 +74,7 @@ def report_unknown(request: web.Request, data: bytes, *types: type) -> None:
 
     Raises UnknownFields with `--strict-params`.
     """
-    names = list(unknown(data, known(*types)))
+    names = unknown(data, known(*types))
     if names:
         report_ignored(request, names)
 

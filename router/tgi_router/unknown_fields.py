@@ -4,16 +4,16 @@ Pure, and derived from the structs alone. msgspec skips such fields without a wo
 misspelt parameter is never taken for one that was honoured. Called by bodies.py once a body was decoded.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 from urllib.parse import quote
 
 import msgspec
 from msgspec import inspect
 
-_OBJECT = msgspec.json.Decoder(dict[str, msgspec.Raw])
-_ARRAY = msgspec.json.Decoder(list[msgspec.Raw])
+# One level of a value: what lies deeper is skipped, not decoded.
+_VALUE = msgspec.json.Decoder(dict[str, msgspec.Raw] | list[msgspec.Raw] | str | int | float | bool | None)
 _LONGEST_NAME, _LONGEST_LIST = 64, 1024  # characters shown
 
 
@@ -55,25 +55,26 @@ def _known(place: inspect.Type) -> Known | None:
     return Known(frozenset(declared) | tags, inner, items)
 
 
-def unknown(body: bytes | msgspec.Raw, place: Known, path: str = "") -> Iterator[str]:
-    """The paths of the fields of `body` that `place` does not know, in the body's order. body: valid JSON."""
-    first = bytes(memoryview(body)[:1])
-    if first == b"[":
-        if place.items is not None:
-            for index, item in enumerate(_ARRAY.decode(body)):
-                yield from unknown(item, place.items, f"{path}[{index}]")
-        return
-    if first in b'"-0123456789tfn' and path:
-        return
-    if place.fields is None:
-        return
-    given = _OBJECT.decode(body)
-    start = f"{path}." if path else ""
-    if not given.keys() <= place.fields:
-        yield from (start + name for name in given if name not in place.fields)
-    for name, below in place.inner:
-        if name in given:
-            yield from unknown(given[name], below, start + name)
+def unknown(body: bytes | msgspec.Raw, place: Known) -> list[str]:
+    """The paths of the fields of `body` that `place` does not know, outer ones first. body: valid JSON."""
+    found: list[str] = []
+    _collect(_VALUE.decode(body), place, "", found)
+    return found
+
+
+def _collect(value: Any, place: Known, path: str, found: list[str]) -> None:
+    """Appends to `found`. value: an object or array whose members are not decoded yet, or anything else."""
+    if isinstance(value, dict):
+        if place.fields is None:
+            return
+        if not value.keys() <= place.fields:
+            found += [path + name for name in value if name not in place.fields]
+        for name, below in place.inner:
+            if name in value:
+                _collect(_VALUE.decode(value[name]), below, f"{path}{name}.", found)
+    elif isinstance(value, list) and place.items is not None:
+        for index, item in enumerate(value):
+            _collect(_VALUE.decode(item), place.items, f"{path[:-1]}[{index}].", found)
 
 
 def header_value(names: list[str]) -> str:
