@@ -1,5 +1,6 @@
 """What every route needs, in one object: built by cli.py when the shards are ready, kept in the aiohttp application."""
 
+import hmac
 from dataclasses import dataclass
 
 from aiohttp import web
@@ -31,6 +32,14 @@ class Server:
     @property
     def healthy(self) -> bool:
         return self.batcher.healthy and not self.draining
+
+    def admits(self, authorization: str) -> bool:
+        """Whether this header allows the call. Compared in constant time; the scheme's case does not matter."""
+        if self.api_key is None:
+            return True
+        scheme, _, key = authorization.partition(" ")
+        given = key.strip().encode(errors="surrogateescape")
+        return hmac.compare_digest(given, self.api_key.encode()) and scheme.lower() == "bearer"
 
     @property
     def system_fingerprint(self) -> str:
