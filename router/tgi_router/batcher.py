@@ -105,7 +105,7 @@ class Batcher:
         self._enter(State.SERVING, "the shards are ready")
         self._loop = asyncio.create_task(self._run(), name="batcher")
 
-    def submit(self, valid: ValidRequest, sink: TokenSink) -> Request:
+    def submit(self, valid: ValidRequest, sink: TokenSink, label: str = "") -> Request:
         """Queues a request; its tokens arrive at `sink` in later turns of the event loop, never within this call.
 
         Also accepted while recovering: served when the shards are back. Raises ValidationError when it can never fit
@@ -115,10 +115,11 @@ class Batcher:
         An exception out of the sink fails its request alone (`sink.failed(InternalError())` is tried).
         The returned Request carries the times (arrived_s, admitted_s, first_token_s, finished_s; time.monotonic()),
         num_cached_tokens and, after the sink has returned it, the finish reason; read it, do not change it.
+        label: the request's name in log lines.
         """
         if self.state in (State.DRAINING, State.STOPPED) or self._draining:
             raise ShuttingDown
-        request = self._core.add(valid, sink, time.monotonic())
+        request = self._core.add(valid, sink, time.monotonic(), label)
         self._show_queues()
         self._wake.set()
         return request
@@ -246,7 +247,7 @@ class Batcher:
             try:
                 self._deliver_one(request, generation, now)
             except Exception:
-                logger.exception("delivering a token of request %d failed", request.id)
+                logger.exception("delivering a token failed", extra=_named(request))
                 self._core.finish(request, now)
                 self._fail(request, InternalError())
         for request, error in outcome.failed:
@@ -273,11 +274,11 @@ class Batcher:
 
     def _fail(self, request: Request, error: Exception) -> None:
         """Tells the sink of a request that is already out of the scheduler."""
-        logger.warning("request %d has failed: %s", request.id, error)
+        logger.debug("a request has failed: %s", error, extra=_named(request))  # infer.py's line says it, too
         try:
             request.sink.failed(error)
         except Exception:
-            logger.exception("the sink of request %d failed to fail", request.id)
+            logger.exception("the sink of a failed request failed itself", extra=_named(request))
 
     # ---- losing and finding the shards
 
@@ -370,6 +371,11 @@ class Batcher:
         metrics.request_preemptions.inc(amount=counts.preemptions)
         metrics.prefix_cache_query_tokens.inc(amount=counts.queried_tokens)
         metrics.prefix_cache_hit_tokens.inc(amount=counts.hit_tokens)
+
+
+def _named(request: Request) -> dict[str, str]:
+    """Fields of log lines about `request`."""
+    return {"request_id": request.label or str(request.id)}
 
 
 def _method(plan: StepPlan) -> str:

@@ -30,6 +30,14 @@ class Token(NamedTuple):
     top: tuple[tuple[int, float], ...] = ()
 
 
+class ShardWork(NamedTuple):
+    """What the shards have done since the router began, as of some moment: sums over the steps answered by then."""
+
+    num_steps: int = 0
+    forward_ns: int = 0  # model and sampling
+    total_ns: int = 0  # steps decoded to answers encoded
+
+
 class TokenSink(Protocol):
     """Where the batcher delivers what happens to a request. Called from the event loop; must not block or raise."""
 
@@ -79,6 +87,7 @@ class Request:
     valid: ValidRequest
     sink: TokenSink
     arrived_s: float
+    label: str = ""  # what log lines call it: the id that its client knows
     phase: Phase = Phase.WAITING
     token_ids: list[int] = field(init=False)
     max_tokens: int = field(init=False)  # prompt and output at its longest
@@ -98,6 +107,7 @@ class Request:
     admitted_s: float | None = None  # first time it got a row
     first_token_s: float | None = None
     finished_s: float | None = None
+    work: list[ShardWork] = field(default_factory=list)  # at each of these three moments, as far as they have come
     finish_reason: FinishReason | None = None
 
     def __post_init__(self) -> None:

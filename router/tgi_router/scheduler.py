@@ -21,7 +21,7 @@ from tgi_proto import generate_pb2 as pb
 
 from .block_manager import Admit, BlockManager
 from .errors import Bug, GenerationError, ValidationError
-from .request import FinishReason, Phase, Request, TokenSink, ValidRequest
+from .request import FinishReason, Phase, Request, ShardWork, TokenSink, ValidRequest
 from .step_plan import Admission, Scheduled, StepPlan, share_budget
 
 MAX_CRASHES = 2  # a request in flight at so many crashes is taken for their cause
@@ -63,6 +63,7 @@ class Scheduler:
         self.running: list[Request] = []  # by id, that is by arrival
         self.waiting: deque[Request] = deque()  # likewise
         self._counts = Counts()
+        self._work = ShardWork()
         self._ids = ids
         self._in_flight: deque[StepPlan] = deque()
         self._forget: list[int] = []
@@ -86,9 +87,9 @@ class Scheduler:
 
     # ---- requests come and go
 
-    def add(self, valid: ValidRequest, sink: TokenSink, now: float) -> Request:
+    def add(self, valid: ValidRequest, sink: TokenSink, now: float, label: str = "") -> Request:
         """Queues a new request. Raises ValidationError when the KV pool can never hold it."""
-        request = Request(id=next(self._ids), valid=valid, sink=sink, arrived_s=now)
+        request = Request(id=next(self._ids), valid=valid, sink=sink, arrived_s=now, label=label)
         if not self._fits(request):
             raise self._too_long(request)
         self.waiting.append(request)
@@ -105,6 +106,7 @@ class Scheduler:
         request.phase = Phase.FINISHED
         request.finish_reason = reason
         request.finished_s = now
+        request.work.append(self._work)
         if request in self._suspects:
             self._suspects.remove(request)
 
@@ -210,6 +212,7 @@ class Scheduler:
         admissions.append(Admission(request, request.num_scheduled_tokens))
         if request.admitted_s is None:
             request.admitted_s = now
+            request.work.append(self._work)
             request.num_cached_tokens = request.num_scheduled_tokens
             self._counts.queried_tokens += request.num_prompt_tokens
             self._counts.hit_tokens += request.num_cached_tokens
@@ -276,6 +279,8 @@ class Scheduler:
         plan = self._in_flight.popleft()
         if response.step != plan.step:
             raise Bug(f"Step {plan.step} was answered with step {response.step}. This is a bug.")
+        steps, forward_ns, total_ns = self._work
+        self._work = ShardWork(steps + 1, forward_ns + response.forward_ns, total_ns + response.total_ns)
         outcome = Outcome([], [])
         errors = {error.request_id: error.message for error in response.errors}
         generations = {generation.request_id: generation for generation in response.generations}
@@ -309,6 +314,7 @@ class Scheduler:
     def _has_produced(self, request: Request, now: float) -> None:
         if request.first_token_s is None:
             request.first_token_s = now
+            request.work.append(self._work)
         if self._suspects and request is self._suspects[0]:
             self._suspects.pop(0)  # it is not the one that kills the shards
 
