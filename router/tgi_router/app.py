@@ -5,8 +5,6 @@ route is a file in routes/ and a line in `build`. Called by cli.py and by tests.
 """
 
 import asyncio
-import re
-import uuid
 from collections.abc import Awaitable, Callable
 
 from aiohttp import web
@@ -14,14 +12,13 @@ from aiohttp import web
 from .bodies import IGNORED_PARAMS, error_response
 from .errors import ApiError, PayloadTooLarge, ShuttingDown, Unauthorized, presentable
 from .routes import chat, completions, generate, info
-from .server import REQUEST_ID, SERVER, Server
+from .server import REQUEST_ID, SERVER, Server, request_id
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 # GET on these says only whether the server is well, so it needs no key.
 _OPEN_PATHS = frozenset({"/", "/health", "/ping"})
 _VARY = "origin, access-control-request-method, access-control-request-headers"
-_REQUEST_ID = re.compile(r"^[\w.:-]{1,128}$", re.ASCII)
 
 
 def build(server: Server) -> web.Application:
@@ -45,8 +42,7 @@ def build_metrics(server: Server) -> web.Application:
 @web.middleware
 async def _around_every_request(request: web.Request, handler: Handler) -> web.StreamResponse:
     server = request.app[SERVER]
-    given = request.headers.get("x-request-id", "")
-    request[REQUEST_ID] = given if _REQUEST_ID.match(given) else uuid.uuid4().hex
+    request[REQUEST_ID] = request_id(request.headers.get("x-request-id", ""))
     try:
         if request.method == "OPTIONS":
             return _preflight(request)

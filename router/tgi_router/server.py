@@ -1,6 +1,8 @@
 """What every route needs, in one object: built by cli.py when the shards are ready, kept in the aiohttp application."""
 
 import hmac
+import re
+import uuid
 from dataclasses import dataclass
 
 from aiohttp import web
@@ -13,6 +15,7 @@ from .metrics import Metrics
 from .tokenizer import Tokenizer
 
 ROUTER_NAME = "text-generation-router"
+_REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
 
 @dataclass(slots=True)
@@ -48,3 +51,8 @@ class Server:
 
 SERVER: web.AppKey[Server] = web.AppKey("server", Server)
 REQUEST_ID: web.RequestKey[str] = web.RequestKey("request_id", str)  # given by app.py to every request
+
+
+def request_id(given: str) -> str:
+    """A request's id: `given` by its client, when that can stand in headers and logs, else a new one."""
+    return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
