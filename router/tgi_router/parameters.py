@@ -18,6 +18,7 @@ from msgspec import Meta
 from tgi_proto import generate_pb2 as pb
 
 from .errors import ValidationError
+from .grammars import GivenGrammar
 
 U64_MAX = 2**64 - 1
 MAX_STOP_CHARS = 300  # a token may cost the square of it; TGI found no longer ones either
@@ -208,8 +209,7 @@ class GenerateParameters(msgspec.Struct, kw_only=True):
     details: Annotated[bool | None, Row("Report tokens, log-probabilities and the reason of the end.")] = None
     decoder_input_details: Annotated[bool | None, Row("Report the prompt's tokens and log-probabilities.")] = None
     grammar: Annotated[
-        Any,
-        Row("Constrains the output.", _unless(lambda v: False, "grammar is not supported: it is not built yet")),
+        GivenGrammar | None, Row("What the output must be: JSON that is valid against a schema, or match a regex.")
     ] = None
     adapter_id: Annotated[str | None, Row("LoRA adapter to use.", _adapter_id)] = None
 

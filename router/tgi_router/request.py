@@ -60,6 +60,7 @@ class ValidRequest:
     sampling: pb.SamplingParameters  # made from parameters.py's table; opaque here
     top_n_tokens: int = 0
     prompt_logprobs: bool = False
+    grammar: str = ""  # as the wire carries it; empty = any output
     cache_salt: str = ""  # requests share prefix-cache entries only within a salt (adapter, API key)
 
 

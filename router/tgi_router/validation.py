@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from .errors import ValidationError
+from .grammars import Grammar, from_tgi
 from .parameters import U64_MAX, GenerateParameters, Limits, check, round_to_f32, to_proto
 from .request import ValidRequest
 from .tokenizer import Tokenizer
@@ -25,12 +26,15 @@ class Prompt:
 
     text: the prompt, or a function that makes it (a chat template), which runs on a worker thread together with the
     tokenizer. ids: tokens the client gave instead of a text.
+    grammar: what the output must spell, when the route decides that (`response_format`, tools); else
+    `parameters.grammar` does.
     """
 
     text: str | Callable[[], str]
     parameters: GenerateParameters
     add_special_tokens: bool = True
     ids: tuple[int, ...] | None = None
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +69,7 @@ class Validator:
         if not ids:
             raise ValidationError("`inputs` must have at least one token. Given: 0", param="inputs")
         max_new_tokens = self._max_new_tokens(parameters, len(ids))
+        grammar = await self._compiled(prompt)
         samples = parameters.samples
         first_seed = 0
         if samples:
@@ -78,6 +83,7 @@ class Validator:
                     sampling=to_proto(parameters, seed),
                     top_n_tokens=parameters.top_n_tokens or 0,
                     prompt_logprobs=bool(parameters.decoder_input_details),
+                    grammar=grammar,
                 ),
                 text=text,
                 stop=tuple(parameters.stop or ()),
@@ -85,6 +91,15 @@ class Validator:
             )
             for seed in seeds
         ]
+
+    async def _compiled(self, prompt: Prompt) -> str:
+        """The grammar as the shards take it, empty when there is none."""
+        grammar = prompt.grammar
+        if grammar is None and prompt.parameters.grammar is not None:
+            grammar = from_tgi(prompt.parameters.grammar)
+        if grammar is None:
+            return ""
+        raise ValidationError("grammar is not supported: it is not built yet", param=grammar.param)
 
     def _tokenize(self, prompt: Prompt) -> tuple[str, tuple[int, ...]]:
         """The prompt's text and tokens. On a worker thread."""
