@@ -56,10 +56,9 @@ class Tool:
 
 
 class Places(NamedTuple):
-    """Lark source of the parts of a grammar that forces calls (see grammar.py).
+    """Lark source of what stands around calls in a grammar (grammar.py): opening first call (between call)* last.
 
-    first: what stands before the first call; between: two calls; last: what follows the last one. call: one call,
-    where `{name}` stands for the tool's name within a JSON string and `{arguments}` for the rule of its arguments.
+    call: one call, where {name} stands for the tool's name and {arguments} for the rule of its arguments.
     """
 
     first: str
@@ -72,19 +71,19 @@ class Places(NamedTuple):
 class ToolFormat:
     """How a kind of model writes calls.
 
-    fits: whether a model with this chat template and these special tokens writes so; asked in order of registration.
+    fits: whether a model with this chat template and these added tokens writes so; asked in order of registration.
     parser: for the names of the offered tools. places: the grammar's parts; its argument gives a marker's Lark source.
-    openings: texts that begin calls; a model's special tokens with such a text are shown to the parser.
-    markers: further such tokens. starts: regular expression of messages that begin with a call without an opening.
-    id_length: the template demands ids of exactly so many letters and digits.
+    opening: text that begins calls; "" = none. forced: a forced call begins with it, too. starts: regular expression
+    of what a message begins with that is a call without an opening; "" = there are none. markers: further texts whose
+    special tokens the parser must see. id_length: the template demands ids of exactly so many letters and digits.
     """
 
     fits: Callable[[str, Sequence[str]], bool]
     parser: Callable[[frozenset[str]], ToolParser]
     places: Callable[[Callable[[str], str]], Places]
-    openings: tuple[str, ...] = ()
-    markers: tuple[str, ...] = ()
+    opening: str = ""
     starts: str = ""
+    markers: tuple[str, ...] = ()
     id_length: int | None = None
 
 

@@ -15,7 +15,7 @@ def _fits(template: str, special: Sequence[str]) -> bool:
 def _places(marker: Callable[[str], str]) -> Places:
     opening, closing = marker(_OPENING), marker(_CLOSING)
     return Places(
-        first=rf'{opening} "\n"',
+        first=r'"\n"',
         call=r'"{\"name\": \"{name}\", \"arguments\": " {arguments} "}"',
         between=rf'"\n" {closing} "\n" {opening} "\n"',
         last=rf'"\n" {closing}',
@@ -26,6 +26,6 @@ FORMAT = ToolFormat(
     fits=_fits,
     parser=lambda names: JsonCalls(Shape(openings=(_OPENING,), closing=_CLOSING), names),
     places=_places,
-    openings=(_OPENING,),
+    opening=_OPENING,
     markers=(_CLOSING,),
 )

@@ -1,4 +1,4 @@
-"""Llama 3: the message is `{"name": ..., "parameters": {...}}`; `<|python_tag|>` may stand before it, `;` between calls."""
+"""Llama 3: a message is `{"name": ..., "parameters": {...}}`; `<|python_tag|>` may stand before it, `;` between calls."""
 
 from collections.abc import Callable, Sequence
 
@@ -25,6 +25,6 @@ FORMAT = ToolFormat(
     fits=_fits,
     parser=lambda names: JsonCalls(Shape(openings=(_OPENING,), bare=True, separators=";"), names),
     places=_places,
-    openings=(_OPENING,),
+    opening=_OPENING,
     starts=r'\{[ \n]*"name"[ \n]*:',
 )

@@ -1,4 +1,4 @@
-"""Mistral: `[TOOL_CALLS] [{"name": ..., "arguments": {...}}, ...]`; newer models write `[TOOL_CALLS]name[ARGS]{...}`."""
+"""Mistral: `[TOOL_CALLS] [{"name": ..., "arguments": {...}}, ...]`; newer models: `[TOOL_CALLS]name[ARGS]{...}`."""
 
 from collections.abc import Callable, Sequence
 
@@ -16,9 +16,9 @@ def _fits(template: str, special: Sequence[str]) -> bool:
 def _places(marker: Callable[[str], str]) -> Places:
     opening, args = marker(_OPENING), marker(_ARGS)
     if args.startswith("<"):  # the vocabulary has it
-        return Places(first=opening, call=rf'"{{name}}" {args} {{arguments}}', between=opening, last="")
+        return Places(first="", call=rf'"{{name}}" {args} {{arguments}}', between=opening, last="")
     return Places(
-        first=f'{opening} " ["',
+        first='" ["',
         call=r'"{\"name\": \"{name}\", \"arguments\": " {arguments} "}"',
         between='", "',
         last='"]"',
@@ -31,7 +31,7 @@ FORMAT = ToolFormat(
         Shape(openings=(_OPENING,), lists=True, separators=",", after_name=(_CALL_ID, _ARGS)), names
     ),
     places=_places,
-    openings=(_OPENING,),
+    opening=_OPENING,
     markers=(_CALL_ID, _ARGS),
     id_length=9,
 )
