@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
+from . import page
 from .bodies import IGNORED_PARAMS, error_response
 from .errors import ApiError, PayloadTooLarge, ShuttingDown, Unauthorized, presentable
 from .routes import chat, completions, generate, info
@@ -25,6 +26,7 @@ def build(server: Server) -> web.Application:
     """The application that serves `server`."""
     app = web.Application(client_max_size=server.config.payload_limit + 1, middlewares=[_around_every_request])
     app[SERVER] = server
+    app[page.PAGE] = page.load()
     for module in (generate, chat, completions, info):
         app.add_routes(module.routes)
     app.on_response_prepare.append(_add_common_headers)
@@ -95,7 +97,8 @@ async def _add_common_headers(request: web.Request, response: web.StreamResponse
         response.headers["access-control-allow-origin"] = "*"
     elif origin in origins:
         response.headers["access-control-allow-origin"] = origin
-    response.headers["vary"] = _VARY
+    own = response.headers.get("vary")
+    response.headers["vary"] = _VARY if own is None else f"{own}, {_VARY}"
     response.headers["x-request-id"] = request[REQUEST_ID]
     if IGNORED_PARAMS in request:
         response.headers["x-ignored-params"] = request[IGNORED_PARAMS]

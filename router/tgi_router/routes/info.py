@@ -3,6 +3,7 @@
 import msgspec
 from aiohttp import web
 
+from .. import page
 from ..bodies import JSON, json_response, parse
 from ..errors import Unhealthy
 from ..metrics import CONTENT_TYPE
@@ -15,6 +16,13 @@ _generate_decoder = msgspec.json.Decoder(tgi.GenerateRequest)
 
 
 @routes.get("/")
+async def root(request: web.Request) -> web.Response:
+    """The page for a browser; for everyone else, as in TGI, the health. Its status is the health's in either case."""
+    if not page.wants_page(request.headers.get("accept", "")):
+        return await health(request)
+    return page.respond(request, request.app[page.PAGE], 200 if request.app[SERVER].healthy else 503)
+
+
 @routes.get("/health")
 @routes.get("/ping")
 async def health(request: web.Request) -> web.Response:
