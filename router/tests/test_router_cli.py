@@ -210,13 +210,13 @@ async def test_a_port_in_use_is_told(tmp_path: Path) -> None:
 
 def test_limits_are_the_smaller_of_the_flag_and_what_fits(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    limits = derive_limits(CONFIG, fits=1000)
+    limits = derive_limits(CONFIG, fits=1000, vocab_size=500)
     assert (limits.max_total_tokens, limits.max_input_tokens) == (1000, 999)
     assert "Maximum total tokens defaulted to 1000" in caplog.text
     assert "Maximum input tokens defaulted to 999" in caplog.text
-    limits = derive_limits(replace(CONFIG, max_total_tokens=500, max_input_tokens=100), fits=1000)
+    limits = derive_limits(replace(CONFIG, max_total_tokens=500, max_input_tokens=100), fits=1000, vocab_size=500)
     assert (limits.max_total_tokens, limits.max_input_tokens) == (500, 100)
-    limits = derive_limits(replace(CONFIG, max_total_tokens=5000), fits=1000)
+    limits = derive_limits(replace(CONFIG, max_total_tokens=5000), fits=1000, vocab_size=500)
     assert limits.max_total_tokens == 1000
     assert "`max_total_tokens` is reduced from 5000 to 1000" in caplog.text
 
@@ -236,7 +236,7 @@ def test_limits_are_the_smaller_of_the_flag_and_what_fits(caplog: pytest.LogCapt
 )
 def test_limits_that_contradict_each_other_are_told_in_tgis_words(changes: dict[str, Any], sentence: str) -> None:
     with pytest.raises(StartupError, match=f"Argument validation error: {sentence}"):
-        derive_limits(replace(CONFIG, **changes), fits=1000)
+        derive_limits(replace(CONFIG, **changes), fits=1000, vocab_size=500)
 
 
 def test_it_starts_without_torch_and_transformers() -> None:

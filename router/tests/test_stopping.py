@@ -77,3 +77,26 @@ def test_a_line_break_right_after_a_kept_stop_string_stays_as_in_tgi() -> None:
 def test_the_stop_string_that_is_complete_first_wins_and_the_longer_of_two() -> None:
     assert run(["abcd"], ["d", "bc"], keep=False) == ("a", True)
     assert run(["abcd"], ["c", "bc"], keep=False) == ("a", True)
+
+
+@given(text=texts, stops=stops, num_ignored=st.integers(0, 20), keep=st.booleans())
+def test_a_stop_string_that_is_complete_too_early_does_not_count_and_one_that_ends_later_does(
+    text: str, stops: list[str], num_ignored: int, keep: bool
+) -> None:
+    search, shown = StopStrings(stops, keep=keep), ""
+    for count, character in enumerate(text, 1):
+        shown += search.add(character, counts=count > num_ignored)
+        if search.found:
+            break
+    ends = [
+        (end, min(end - len(stop) for stop in stops if text[:end].endswith(stop)))
+        for end in range(num_ignored + 1, len(text) + 1)
+        if any(text[:end].endswith(stop) for stop in stops)
+    ]
+    assert search.found is bool(ends)
+    if not ends:
+        assert shown + search.end() == text
+    elif keep:
+        assert shown == text[: ends[0][0]]
+    else:
+        assert shown == text[: ends[0][1]]

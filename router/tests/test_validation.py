@@ -1,5 +1,6 @@
 """Every row of TGI's validation table: what is refused, with which sentence, and which mistake is told first."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,13 +12,20 @@ from tgi_router.tokenizer import Tokenizer
 from tgi_router.validation import Prompt, Validated, Validator
 from tokenizers import Tokenizer as LibraryTokenizer
 
-LIMITS = Limits(max_input_tokens=20, max_total_tokens=30, max_best_of=2, max_stop_sequences=2, max_top_n_tokens=3)
+LIMITS = Limits(
+    max_input_tokens=20,
+    max_total_tokens=30,
+    max_best_of=2,
+    max_stop_sequences=2,
+    max_top_n_tokens=3,
+    vocab_size=512,
+)
 RAISES = ". `{}` raises the limit"
 
 
 @pytest.fixture(scope="module")
 def validator() -> Validator:
-    return Validator(Tokenizer(LibraryTokenizer.from_str(tiny_tokenizer()), {}), LIMITS)
+    return Validator(Tokenizer(LibraryTokenizer.from_str(tiny_tokenizer()), {}), LIMITS, {600, 1, 0})
 
 
 async def validate(validator: Validator, inputs: str = "hello", **values: Any) -> Validated:
@@ -44,6 +52,18 @@ TABLE: list[tuple[dict[str, Any], str]] = [
     ({"repetition_penalty": 0.0}, "`repetition_penalty` must be strictly positive"),
     ({"frequency_penalty": 2.1}, "`frequency_penalty` must be >= -2.0 and <= 2.0"),
     ({"frequency_penalty": -2.1}, "`frequency_penalty` must be >= -2.0 and <= 2.0"),
+    ({"presence_penalty": 2.1}, "`presence_penalty` must be >= -2.0 and <= 2.0"),
+    ({"presence_penalty": -2.1}, "`presence_penalty` must be >= -2.0 and <= 2.0"),
+    ({"logit_bias": {512: 1.0}}, "`logit_bias` must name token ids >= 0 and < 512. Given: 512"),
+    ({"logit_bias": {-1: 1.0}}, "`logit_bias` must name token ids >= 0 and < 512. Given: -1"),
+    ({"logit_bias": {5: 100.5}}, "`logit_bias` must be >= -100 and <= 100. Given: 100.5 for token 5"),
+    ({"logit_bias": dict.fromkeys(range(1025), 1.0)}, "`logit_bias` must have at most 1024 entries. Given: 1025"),
+    ({"min_p": -0.1}, "`min_p` must be >= 0.0 and <= 1.0"),
+    ({"min_p": 1.1}, "`min_p` must be >= 0.0 and <= 1.0"),
+    (
+        {"min_new_tokens": 5, "max_new_tokens": 4},
+        "`min_new_tokens` must be <= `max_new_tokens`. Given: 5 and 4",
+    ),
     ({"top_p": 0.0}, "`top_p` must be > 0.0 and <= 1.0"),
     ({"top_p": 1.1}, "`top_p` must be > 0.0 and <= 1.0"),
     ({"typical_p": 0.0}, "`typical_p` must be > 0.0 and <= 1.0"),
@@ -125,6 +145,13 @@ async def test_of_two_mistakes_the_one_tgi_checks_first_is_told(validator: Valid
         {"stop": ["a", "b"]},
         {"seed": 2**64 - 1},
         {"top_n_tokens": 0},
+        {"min_p": 0.0},
+        {"min_p": 1.0},
+        {"presence_penalty": 2.0},
+        {"logit_bias": {}},
+        {"logit_bias": {0: -100.0, 511: 100.0}},
+        {"min_new_tokens": 4, "max_new_tokens": 4},
+        {"min_new_tokens": 4},
         {"truncate": 20},
         {"max_new_tokens": 28},
         {"decoder_input_details": True},
@@ -136,7 +163,7 @@ async def test_what_is_right_at_the_edge_passes(validator: Validator, values: di
 
 
 async def test_best_of_can_be_forbidden(validator: Validator) -> None:
-    strict = Validator(validator._tokenizer, Limits(20, 30, 1, 2, 3))
+    strict = Validator(validator._tokenizer, replace(LIMITS, max_best_of=1))
     assert (await refusal(strict, best_of=2)).startswith("`best_of` != 1 is not allowed for this endpoint")
 
 
@@ -163,6 +190,10 @@ async def test_what_the_shard_gets_is_what_was_asked_for(validator: Validator) -
             typical_p=0.25,
             repetition_penalty=1.5,
             frequency_penalty=-0.5,
+            presence_penalty=0.75,
+            min_p=0.125,
+            logit_bias={7: 1.5, 3: -100.0},
+            min_new_tokens=2,
             watermark=True,
             seed=11,
             top_n_tokens=2,
@@ -178,6 +209,11 @@ async def test_what_the_shard_gets_is_what_was_asked_for(validator: Validator) -
         seed=11,
         repetition_penalty=1.5,
         frequency_penalty=-0.5,
+        presence_penalty=0.75,
+        min_p=0.125,
+        logit_bias={3: -100.0, 7: 1.5},
+        min_new_tokens=2,
+        end_token_ids=[0, 1],  # of the model's ends those that its vocabulary has
         watermark=True,
     )
     assert (request.top_n_tokens, request.prompt_logprobs) == (2, True)
@@ -195,6 +231,9 @@ async def test_what_the_shard_gets_is_what_was_asked_for(validator: Validator) -
         ({"top_p": 1.0}, False),
         ({"typical_p": 0.9}, True),
         ({"repetition_penalty": 2.0}, False),
+        ({"min_p": 0.1}, True),
+        ({"min_p": 0.0}, False),
+        ({"presence_penalty": 1.0, "logit_bias": {3: 1.0}, "min_new_tokens": 1}, False),
     ],
     ids=str,
 )
@@ -208,7 +247,7 @@ async def test_sampling_happens_when_asked_for_or_when_a_filter_is_on(
 
 def test_every_proto_field_has_one_row_and_its_neutral_value_is_off() -> None:
     fields = {field.name for field in pb.SamplingParameters.DESCRIPTOR.fields}
-    assert {row.proto for row in ROWS.values() if row.proto} == fields - {"do_sample", "seed"}
+    assert {row.proto for row in ROWS.values() if row.proto} == fields - {"do_sample", "seed", "end_token_ids"}
     assert to_proto(GenerateParameters(), 0) == pb.SamplingParameters(
         temperature=1.0, top_p=1.0, typical_p=1.0, repetition_penalty=1.0
     )
@@ -225,6 +264,35 @@ def test_temperature_zero_is_greedy_on_openai_routes_and_wrong_filters_are_told_
     assert from_openai(OpenAISampling(), LIMITS).samples
     with pytest.raises(ValidationError, match="top_p"):
         from_openai(OpenAISampling(temperature=0, top_p=7.0), LIMITS)
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ({"top_k": 0}, {"top_k": None}),
+        ({"top_k": -1}, {"top_k": None}),
+        ({"top_k": 5}, {"top_k": 5}),
+        ({"top_p": 0}, {"top_p": 1e-6}),
+        ({"seed": -1}, {"seed": None}),
+        ({"seed": -2}, {"seed": 2**64 - 2}),
+        ({"seed": 0}, {"seed": 0}),
+        ({"min_tokens": 3}, {"min_new_tokens": 3}),
+        ({"presence_penalty": 0.5, "min_p": 0.2}, {"presence_penalty": 0.5, "min_p": 0.2}),
+        ({"temperature": 0, "min_p": 0.2, "top_k": 4}, {"min_p": None, "top_k": None}),
+    ],
+    ids=str,
+)
+def test_values_that_openais_and_vllms_clients_send_are_understood(
+    given: dict[str, Any], meant: dict[str, Any]
+) -> None:
+    read = from_openai(OpenAISampling(**given), LIMITS)
+    assert {name: getattr(read, name) for name in meant} == meant
+
+
+@pytest.mark.parametrize("wrong", [{"top_k": -2}, {"top_p": -0.1}, {"min_p": 2.0}], ids=str)
+async def test_what_means_nothing_there_either_is_refused(validator: Validator, wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match=next(iter(wrong))):
+        await validator.validate(Prompt("hello", from_openai(OpenAISampling(**wrong), LIMITS)))
 
 
 async def test_a_failing_template_fails_the_request(validator: Validator) -> None:

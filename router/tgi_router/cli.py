@@ -92,12 +92,12 @@ async def start(config: RouterConfig, batcher: Batcher, metrics: Metrics) -> Ser
         await connecting
     finally:
         connecting.cancel()
-    limits = derive_limits(config, batcher.max_total_tokens)
+    limits = derive_limits(config, batcher.max_total_tokens, batcher.info.vocab_size)
     metrics.set_limits(limits.max_input_tokens, limits.max_total_tokens)
     eos_token_ids = tokenizer.eos_token_ids(batcher.info.eos_token_ids)
     infer = Infer(
         batcher,
-        Validator(tokenizer, limits),
+        Validator(tokenizer, limits, eos_token_ids),
         Shared(tokenizer.vocabulary, eos_token_ids, metrics),
         config.max_concurrent_requests,
     )
@@ -130,7 +130,7 @@ def _read_api_key(path: str | None) -> str | None:
     return key
 
 
-def derive_limits(config: RouterConfig, fits: int) -> Limits:
+def derive_limits(config: RouterConfig, fits: int, vocab_size: int) -> Limits:
     """The limits requests are validated against. fits: tokens that model and KV pool can hold. Raises StartupError."""
     if config.validation_workers < 1:
         raise StartupError("Argument validation error: `validation_workers` must be > 0")
@@ -163,6 +163,7 @@ def derive_limits(config: RouterConfig, fits: int) -> Limits:
         max_best_of=config.max_best_of,
         max_stop_sequences=config.max_stop_sequences,
         max_top_n_tokens=config.max_top_n_tokens,
+        vocab_size=vocab_size,
     )
 
 

@@ -9,7 +9,7 @@ Rows stand in TGI's order of checks, which decides what a request with two mista
 
 import math
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, get_type_hints
 
@@ -21,10 +21,13 @@ from .errors import ValidationError
 from .grammars import GivenGrammar
 
 U64_MAX = 2**64 - 1
+_SMALLEST_TOP_P = 1e-6  # what OpenAI's clients mean by a `top_p` of 0: the most likely token
 MAX_STOP_CHARS = 300  # a token may cost the square of it; TGI found no longer ones either
+MAX_BIASES = 1024  # entries of `logit_bias`: the shards keep as many for every row
 U32 = Annotated[int, Meta(ge=0, le=2**32 - 1)]
 I32 = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
 USIZE = Annotated[int, Meta(ge=0)]
+ANY_SEED = Annotated[int, Meta(ge=-(2**63))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +39,7 @@ class Limits:
     max_best_of: int
     max_stop_sequences: int
     max_top_n_tokens: int
+    vocab_size: int  # the model's own: valid token ids are below it
 
 
 Rule = Callable[[Any, "GenerateParameters", Limits], str | None]
@@ -47,15 +51,18 @@ class Row:
 
     rule: returns the sentence when the value is wrong; called only when a value was given.
     openai: the field's name on /v1/*, or None when it cannot be set there (or is derived in schemas/openai.py).
-    proto: the field in pb.SamplingParameters; neutral: what is sent when no value was given.
+    openai_type: its type there, when that is wider; openai_reads: what a value there means here.
+    proto: the field in pb.SamplingParameters; neutral: what is sent when no value was given (None: nothing).
     after_inputs: checked after the prompt was found not to be empty, as TGI does.
     """
 
     help: str
     rule: Rule | None = None
     openai: str | None = None
+    openai_type: Any = None
+    openai_reads: Callable[[Any], Any] | None = None
     proto: str | None = None
-    neutral: float | int | bool = 0
+    neutral: float | int | bool | None = 0
     after_inputs: bool = False
 
 
@@ -93,6 +100,29 @@ def _seed(value: int, parameters: "GenerateParameters", limits: Limits) -> str |
     if (parameters.best_of or 1) > 1:
         return "`seed` must not be set when `best_of` > 1"
     return None if value <= U64_MAX else f"`seed` must be <= {U64_MAX}. Given: {value}"
+
+
+def _openai_seed(value: int) -> int | None:
+    """OpenAI's seeds are signed; -1 asks for a random one, as with vLLM and llama.cpp."""
+    return None if value == -1 else value & U64_MAX if value < 0 else value
+
+
+def _logit_bias(value: dict[int, float], parameters: "GenerateParameters", limits: Limits) -> str | None:
+    if len(value) > MAX_BIASES:
+        return f"`logit_bias` must have at most {MAX_BIASES} entries. Given: {len(value)}"
+    for token_id, bias in value.items():
+        if not 0 <= token_id < limits.vocab_size:
+            return f"`logit_bias` must name token ids >= 0 and < {limits.vocab_size}. Given: {token_id}"
+        if not -100 <= bias <= 100:
+            return f"`logit_bias` must be >= -100 and <= 100. Given: {bias} for token {token_id}"
+    return None
+
+
+def _min_new_tokens(value: int, parameters: "GenerateParameters", limits: Limits) -> str | None:
+    most = parameters.max_new_tokens
+    if most is None or value <= most:
+        return None
+    return f"`min_new_tokens` must be <= `max_new_tokens`. Given: {value} and {most}"
 
 
 def _top_n_tokens(value: int, parameters: "GenerateParameters", limits: Limits) -> str | None:
@@ -153,12 +183,33 @@ class GenerateParameters(msgspec.Struct, kw_only=True):
             neutral=0.0,
         ),
     ] = None
+    presence_penalty: Annotated[
+        float | None,
+        Row(
+            "Above 0, tokens become less likely once they were generated.",
+            _unless(lambda v: -2 <= v <= 2, "`presence_penalty` must be >= -2.0 and <= 2.0"),
+            openai="presence_penalty",
+            proto="presence_penalty",
+            neutral=0.0,
+        ),
+    ] = None
+    logit_bias: Annotated[
+        dict[int, float] | None,
+        Row(
+            "Added to single tokens' logits: an object from token id to a number from -100 (never) to 100 (only this).",
+            _logit_bias,
+            openai="logit_bias",
+            proto="logit_bias",
+            neutral=None,
+        ),
+    ] = None
     top_p: Annotated[
         float | None,
         Row(
             "Sample from the smallest set of tokens whose probabilities add up to it. 1 = off.",
             _unless(lambda v: 0 < v <= 1, "`top_p` must be > 0.0 and <= 1.0"),
             openai="top_p",
+            openai_reads=lambda value: value or _SMALLEST_TOP_P,
             proto="top_p",
             neutral=1.0,
         ),
@@ -173,12 +224,23 @@ class GenerateParameters(msgspec.Struct, kw_only=True):
             neutral=1.0,
         ),
     ] = None
+    min_p: Annotated[
+        float | None,
+        Row(
+            "Sample from the tokens at least so likely as this share of the most likely one. 0 = off.",
+            _unless(lambda v: 0 <= v <= 1, "`min_p` must be >= 0.0 and <= 1.0"),
+            openai="min_p",
+            proto="min_p",
+            neutral=0.0,
+        ),
+    ] = None
     top_k: Annotated[
         I32 | None,
         Row(
             "Sample from the so many most likely tokens.",
             _unless(lambda v: v > 0, "`top_k` must be strictly positive"),
             openai="top_k",
+            openai_reads=lambda value: None if value in (0, -1) else value,
             proto="top_k",
             neutral=0,
         ),
@@ -194,8 +256,27 @@ class GenerateParameters(msgspec.Struct, kw_only=True):
             _unless(lambda v: v > 0, "`max_new_tokens` must be strictly positive"),
         ),
     ] = None
+    min_new_tokens: Annotated[
+        U32 | None,
+        Row(
+            "Before so many tokens, neither end-of-sequence nor a stop string ends the generation.",
+            _min_new_tokens,
+            openai="min_tokens",
+            proto="min_new_tokens",
+            neutral=0,
+        ),
+    ] = None
     stop: Annotated[list[str] | None, Row("Generation ends when one of these was generated.", _stop)] = None
-    seed: Annotated[USIZE | None, Row("Makes sampling repeatable. Absent: random.", _seed, openai="seed")] = None
+    seed: Annotated[
+        USIZE | None,
+        Row(
+            "Makes sampling repeatable. Absent: random.",
+            _seed,
+            openai="seed",
+            openai_type=ANY_SEED | None,
+            openai_reads=_openai_seed,
+        ),
+    ] = None
     top_n_tokens: Annotated[
         U32 | None, Row("Report the so many most likely tokens at each position.", _top_n_tokens)
     ] = None
@@ -216,14 +297,14 @@ class GenerateParameters(msgspec.Struct, kw_only=True):
     @property
     def asks_for_sampling(self) -> bool:
         """TGI's notion when it checks `best_of`: any sampling parameter was given."""
-        given = (self.temperature, self.top_k, self.top_p, self.typical_p)
+        given = (self.temperature, self.top_k, self.top_p, self.typical_p, self.min_p)
         return bool(self.do_sample) or any(value is not None for value in given)
 
     @property
     def samples(self) -> bool:
         """Whether tokens are really drawn at random: asked for, or a filter is on. Otherwise decoding is greedy."""
-        filters = (self.temperature or 1) != 1 or self.top_k or (self.top_p or 1) < 1 or (self.typical_p or 1) < 1
-        return bool(self.do_sample) or bool(filters)
+        shares = (self.top_p or 1) < 1 or (self.typical_p or 1) < 1 or (self.min_p or 0) > 0
+        return bool(self.do_sample) or bool((self.temperature or 1) != 1 or self.top_k or shares)
 
 
 def _rows() -> dict[str, Row]:
@@ -239,7 +320,7 @@ ROWS: dict[str, Row] = _rows()
 OpenAISampling: type[msgspec.Struct] = msgspec.defstruct(
     "OpenAISampling",
     [
-        (row.openai, get_type_hints(GenerateParameters)[name], None)
+        (row.openai, row.openai_type or get_type_hints(GenerateParameters)[name], None)
         for name, row in ROWS.items()
         if row.openai is not None
     ],
@@ -253,14 +334,18 @@ def from_openai(sampling: msgspec.Struct, limits: Limits, **others: Any) -> Gene
     Temperature 0 is greedy, whatever the other filters are (which must be right all the same: ValidationError);
     without a temperature OpenAI's routes sample.
     """
-    values = {name: getattr(sampling, row.openai) for name, row in ROWS.items() if row.openai is not None}
+    values = {name: _read(row, getattr(sampling, row.openai)) for name, row in ROWS.items() if row.openai is not None}
     greedy = values["temperature"] == 0
     if greedy:
         values["temperature"] = None
         check(GenerateParameters(**values), limits, after_inputs=False)
-        for name in ("top_k", "top_p", "typical_p"):
+        for name in ("top_k", "top_p", "typical_p", "min_p"):
             values[name] = None
     return GenerateParameters(do_sample=not greedy, **values, **others)
+
+
+def _read(row: Row, value: Any) -> Any:
+    return value if value is None or row.openai_reads is None else row.openai_reads(value)
 
 
 def round_to_f32(parameters: GenerateParameters) -> None:
@@ -287,11 +372,17 @@ def check(parameters: GenerateParameters, limits: Limits, *, after_inputs: bool)
             raise ValidationError(sentence, param=name)
 
 
-def to_proto(parameters: GenerateParameters, seed: int) -> pb.SamplingParameters:
-    """The wire message. seed: the one to use, whether given or drawn."""
+def to_proto(parameters: GenerateParameters, seed: int, end_token_ids: Sequence[int] = ()) -> pb.SamplingParameters:
+    """The wire message. seed: the one to use, whether given or drawn. end_token_ids: the model's ends of sequence."""
     message = pb.SamplingParameters(do_sample=parameters.samples, seed=seed)
     for name, row in ROWS.items():
-        if row.proto is not None:
-            value = getattr(parameters, name)
+        if row.proto is None:
+            continue
+        value = getattr(parameters, name)
+        if isinstance(value, dict):
+            getattr(message, row.proto).update(value)
+        elif value is not None or row.neutral is not None:
             setattr(message, row.proto, row.neutral if value is None else value)
+    if parameters.min_new_tokens:
+        message.end_token_ids.extend(end_token_ids)
     return message

@@ -23,12 +23,15 @@ class StopStrings:
         self._held = ""  # not keep: characters not shown yet
         self.found = False
 
-    def add(self, piece: str) -> str:
-        """The text that may be shown now. Sets `found`; nothing may be added after that."""
+    def add(self, piece: str, *, counts: bool = True) -> str:
+        """The text that may be shown now. Sets `found`; nothing may be added after that.
+
+        counts: false while a stop string that is complete with this piece does not end the generation.
+        """
         if not piece:
             return ""
         text = (self._tail if self._keep else self._held) + piece
-        match = self._first_match(text)
+        match = self._first_match(text, len(text) - len(piece)) if counts else None
         if match is None:
             return self._show_unmatched(text, piece)
         start, end = match
@@ -45,11 +48,14 @@ class StopStrings:
         held, self._held = self._held, ""
         return held
 
-    def _first_match(self, text: str) -> tuple[int, int] | None:
-        """(start, end) of the stop string that is complete first; of several, the one that begins first."""
+    def _first_match(self, text: str, old: int) -> tuple[int, int] | None:
+        """(start, end) of the stop string that is complete first; of several, the one that begins first.
+
+        old: characters of `text` that were looked at before; what is complete within them has not counted.
+        """
         best: tuple[int, int] | None = None
         for stop in self._stops:
-            start = text.find(stop)
+            start = text.find(stop, max(0, old - len(stop) + 1))
             if start >= 0 and (best is None or (start + len(stop), start) < (best[1], best[0])):
                 best = (start, start + len(stop))
         return best

@@ -212,7 +212,7 @@ class Choice:
             text = shown = self._detokenizer.add(token_id)
         stop = self._stop
         if stop is not None:
-            shown = stop.add(shown)
+            shown = stop.add(shown, counts=self._may_stop)
         reason = self._reason(token_id)
         if reason is not None and (stop is None or not stop.found):
             shown += self._rest()
@@ -256,7 +256,12 @@ class Choice:
     def _rest(self) -> str:
         """What the detokenizer and the stop strings still hold when the generation ends."""
         rest = self._detokenizer.end()
-        return rest if self._stop is None else self._stop.add(rest) + self._stop.end()
+        return rest if self._stop is None else self._stop.add(rest, counts=self._may_stop) + self._stop.end()
+
+    @property
+    def _may_stop(self) -> bool:
+        """The minimum length is passed."""
+        return self.num_tokens > self.validated.min_new_tokens
 
     # Results
 

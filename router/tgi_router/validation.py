@@ -5,7 +5,7 @@ parameters.py. Called by infer.py after it has taken a permit.
 """
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from .errors import ValidationError
@@ -45,13 +45,15 @@ class Validated:
     text: str  # the whole prompt, as tokenized before truncation
     stop: tuple[str, ...]
     seed: int | None
+    min_new_tokens: int = 0  # before so many tokens nothing but the length ends it
 
 
 class Validator:
     """Holds the limits and the tokenizer."""
 
-    def __init__(self, tokenizer: Tokenizer, limits: Limits) -> None:
+    def __init__(self, tokenizer: Tokenizer, limits: Limits, eos_token_ids: Iterable[int] = ()) -> None:
         self._tokenizer = tokenizer
+        self._end_token_ids = sorted(token_id for token_id in eos_token_ids if token_id < limits.vocab_size)
         self.limits = limits
 
     async def validate(self, prompt: Prompt, copies: int = 1) -> list[Validated]:
@@ -80,7 +82,7 @@ class Validator:
                 ValidRequest(
                     token_ids=ids,
                     max_new_tokens=max_new_tokens,
-                    sampling=to_proto(parameters, seed),
+                    sampling=to_proto(parameters, seed, self._end_token_ids),
                     top_n_tokens=parameters.top_n_tokens or 0,
                     prompt_logprobs=bool(parameters.decoder_input_details),
                     grammar=grammar,
@@ -88,6 +90,7 @@ class Validator:
                 text=text,
                 stop=tuple(parameters.stop or ()),
                 seed=seed if samples else None,
+                min_new_tokens=parameters.min_new_tokens or 0,
             )
             for seed in seeds
         ]

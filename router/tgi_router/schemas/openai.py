@@ -27,18 +27,10 @@ class ResponseFormat(Struct, kw_only=True):
 class Unbuilt(Struct, kw_only=True):
     """Fields that are part of the API and not built yet. A neutral value (absent, zero, empty) passes."""
 
-    presence_penalty: float | None = None
-    min_p: float | None = None
-    min_tokens: U32 | None = None
-    logit_bias: Any = None
     response_format: ResponseFormat | None = None
 
     def refuse(self) -> None:
         """Raises ValidationError naming the first such field that asks for something."""
-        for name in ("presence_penalty", "min_p", "min_tokens", "logit_bias"):
-            value = getattr(self, name)
-            if value:
-                raise ValidationError(f"`{name}` is not supported yet. Given: {value}", param=name)
         kind = self.response_format.type if self.response_format is not None else "text"
         if kind != "text":
             raise ValidationError(
