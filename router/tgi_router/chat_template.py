@@ -3,7 +3,7 @@
 A template comes with the model, so it is untrusted code: it runs in Jinja's immutable sandbox, sees plain JSON values
 only, and is stopped when its output grows beyond any prompt or it takes too long. Sources, first found wins:
 `--tokenizer-config-path`, chat_template.jinja, chat_template.json, tokenizer_config.json (a string, or a list of named
-templates of which `default` is used, and `tool_use` when there are tools). Called by routes/chat.py on a worker thread.
+templates of which `default` is used, and `tool_use` when there are tools). Called by chat_requests.py on a worker thread.
 """
 
 import json
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.runtime import Macro
@@ -113,16 +113,29 @@ class ChatTemplate:
         """
         environment = _environment()
         self._sources = dict(sources)
+        self._names: dict[str, frozenset[str]] = {}  # variables each template reads
         self._variables = dict(variables)
         self._max_chars = max_chars
         self._templates: dict[str, jinja2.Template] = {}
         for name, source in sources.items():
             try:
                 self._templates[name] = environment.from_string(source)
+                self._names[name] = frozenset(meta.find_undeclared_variables(environment.parse(source)))
             except jinja2.TemplateSyntaxError as error:
                 raise StartupError(
                     f"The model's chat template {name!r} does not compile: {error.message} (line {error.lineno})"
                 ) from error
+
+    def source(self, *, with_tools: bool) -> str:
+        """The template's own text, "" when there is none. with_tools: of requests that offer tools."""
+        return self._sources.get(self._name(with_tools=with_tools), "")
+
+    def knows(self, variable: str, *, with_tools: bool) -> bool:
+        """Whether the template reads `variable`."""
+        return variable in self._names.get(self._name(with_tools=with_tools), ())
+
+    def _name(self, *, with_tools: bool) -> str:
+        return "tool_use" if with_tools and "tool_use" in self._templates else "default"
 
     def render(
         self,
@@ -138,7 +151,7 @@ class ChatTemplate:
 
         All values are plain JSON ones (str, int, float, bool, None, list, dict).
         """
-        name = "tool_use" if tools and "tool_use" in self._templates else "default"
+        name = self._name(with_tools=bool(tools))
         if name not in self._templates:
             raise TemplateError("template not found")
         messages = [_with_reasoning(message) for message in messages]

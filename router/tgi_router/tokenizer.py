@@ -94,6 +94,16 @@ class Tokenizer:
         own = self._library.token_to_id(name) if name is not None else None
         return frozenset(named) | ({own} if own is not None else frozenset())
 
+    def token_id(self, text: str) -> int | None:
+        """The token that is written so in the vocabulary."""
+        token_id: int | None = self._library.token_to_id(text)
+        return token_id
+
+    @property
+    def added_tokens(self) -> list[str]:
+        """Texts of the tokens that were added to the vocabulary, special ones among them, by their ids."""
+        return [token.content for _, token in sorted(self._library.get_added_tokens_decoder().items())]
+
     def fewest_tokens(self, text: str) -> int:
         """A number of tokens that `text` has at least, without tokenizing it; 0 when nothing can be said."""
         if self._library.normalizer is not None:  # may make the text shorter by any factor
