@@ -8,7 +8,7 @@ from ..bodies import JSON, json_response, parse
 from ..errors import Unhealthy
 from ..metrics import CONTENT_TYPE
 from ..schemas import tgi
-from ..server import ROUTER_NAME, SERVER
+from ..server import ROUTER_NAME, SERVER, Server
 
 routes = web.RouteTableDef()
 
@@ -35,25 +35,27 @@ async def health(request: web.Request) -> web.Response:
 @routes.get("/info")
 async def info(request: web.Request) -> web.Response:
     """The model and the limits."""
-    server = request.app[SERVER]
+    return json_response(facts(request.app[SERVER]))
+
+
+def facts(server: Server) -> tgi.Info:
+    """What /info and gRPC's Info say."""
     config, limits = server.config, server.infer.validator.limits
-    return json_response(
-        tgi.Info(
-            model_id=config.model_id,
-            model_sha=config.model_sha,
-            model_pipeline_tag=config.model_pipeline_tag,
-            max_concurrent_requests=config.max_concurrent_requests,
-            max_best_of=limits.max_best_of,
-            max_stop_sequences=limits.max_stop_sequences,
-            max_input_tokens=limits.max_input_tokens,
-            max_total_tokens=limits.max_total_tokens,
-            validation_workers=config.validation_workers,
-            max_client_batch_size=config.max_client_batch_size,
-            router=ROUTER_NAME,
-            version=server.version,
-            sha=None,
-            docker_label=None,
-        )
+    return tgi.Info(
+        model_id=config.model_id,
+        model_sha=config.model_sha,
+        model_pipeline_tag=config.model_pipeline_tag,
+        max_concurrent_requests=config.max_concurrent_requests,
+        max_best_of=limits.max_best_of,
+        max_stop_sequences=limits.max_stop_sequences,
+        max_input_tokens=limits.max_input_tokens,
+        max_total_tokens=limits.max_total_tokens,
+        validation_workers=config.validation_workers,
+        max_client_batch_size=config.max_client_batch_size,
+        router=ROUTER_NAME,
+        version=server.version,
+        sha=None,
+        docker_label=None,
     )
 
 
