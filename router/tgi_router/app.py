@@ -1,24 +1,32 @@
 """The aiohttp application: route tables, and what holds for every request whatever its route.
 
-That is: CORS, the request's id, authentication, refusal while draining, and turning exceptions into responses. A new
-route is a file in routes/ and a line in `build`. Called by cli.py and by tests.
+That is: CORS, the request's id, deadline and trace, authentication, refusal while draining, and turning exceptions into
+responses. A new route is a file in routes/ and a line in `build`. Called by cli.py and by tests.
 """
 
 import asyncio
+import logging
+import math
+import re
+import time
 from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
-from . import page
+from . import log_context, page
 from .bodies import IGNORED_PARAMS, error_response
-from .errors import ApiError, PayloadTooLarge, ShuttingDown, Unauthorized, presentable
+from .errors import ApiError, PayloadTooLarge, ShuttingDown, Unauthorized, ValidationError, presentable
+from .infer import Deadline
 from .routes import chat, completions, generate, info
-from .server import REQUEST_ID, SERVER, Server, request_id
+from .server import DEADLINE, REQUEST_ID, SERVER, TRACE, Server, request_id
+
+logger = logging.getLogger(__name__)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 # GET on these says only whether the server is well, so it needs no key.
-_OPEN_PATHS = frozenset({"/", "/health", "/ping"})
+_OPEN_PATHS = frozenset({"/", "/health", "/ping", "/v2/health/live", "/v2/health/ready"})
+_HEADER_NAMES = re.compile(r"[\w!#$%&'*+.^`|~-]+( *, *[\w!#$%&'*+.^`|~-]+){0,63}", re.ASCII)
 _VARY = "origin, access-control-request-method, access-control-request-headers"
 
 
@@ -43,14 +51,42 @@ def build_metrics(server: Server) -> web.Application:
 
 @web.middleware
 async def _around_every_request(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Gives the request its id and trace, and makes a response of whatever happens."""
     server = request.app[SERVER]
     request[REQUEST_ID] = request_id(request.headers.get("x-request-id", ""))
+    if server.tracing is None:
+        log_context.enter(request_id=request[REQUEST_ID])
+        return await _respond(request, handler, server)
+    return await _traced(request, handler, server)
+
+
+async def _traced(request: web.Request, handler: Handler, server: Server) -> web.StreamResponse:
+    """`_respond` within a span. Probes are left out: they come every second and say nothing."""
+    resource = request.match_info.route.resource
+    if server.tracing is None or request.method != "POST" or resource is None:
+        log_context.enter(request_id=request[REQUEST_ID])
+        return await _respond(request, handler, server)
+    route = resource.canonical
+    attributes = {"http.request.method": request.method, "url.path": request.path, "http.route": route}
+    trace = request[TRACE] = server.tracing.begin(f"{request.method} {route}", request.headers, attributes)
+    log_context.enter(request_id=request[REQUEST_ID], trace_id=trace.trace_id)
+    status = None
+    try:
+        response = await _respond(request, handler, server)
+        status = response.status
+    finally:
+        trace.end(status)
+    return response
+
+
+async def _respond(request: web.Request, handler: Handler, server: Server) -> web.StreamResponse:
     try:
         if request.method == "OPTIONS":
             return _preflight(request)
         _authenticate(request, server)
+        _take_deadline(request)
         if server.draining and request.method == "POST":
-            raise ShuttingDown()
+            raise ShuttingDown(server.infer.drained_in_s)
         return await handler(request)
     except web.HTTPRequestEntityTooLarge:
         return _refusal(request, server, PayloadTooLarge(server.config.payload_limit))
@@ -65,8 +101,25 @@ async def _around_every_request(request: web.Request, handler: Handler) -> web.S
         return _refusal(request, server, presentable(error))
 
 
+def _take_deadline(request: web.Request) -> None:
+    """`x-request-timeout`, in seconds from now. Raises ValidationError."""
+    given = request.headers.get("x-request-timeout")
+    if given is None:
+        return
+    try:
+        timeout_s = float(given)
+    except ValueError:
+        timeout_s = math.nan
+    if not 0 < timeout_s < math.inf:
+        raise ValidationError(f"the header `x-request-timeout` must be a number of seconds > 0. Given: {given[:64]!r}")
+    request[DEADLINE] = Deadline(timeout_s, time.monotonic() + timeout_s)
+
+
 def _refusal(request: web.Request, server: Server, error: ApiError) -> web.Response:
     response = error_response(request, error)
+    if not error.logged and error.error_type != "healthcheck":  # infer.py's have their line; probes need none
+        fields = {"status": response.status, "method": request.method, "path": request.path, "client": request.remote}
+        logger.info("Refused: %s", error.message, extra=fields)
     if server.draining:
         response.force_close()
     return response
@@ -74,32 +127,43 @@ def _refusal(request: web.Request, server: Server, error: ApiError) -> web.Respo
 
 def _authenticate(request: web.Request, server: Server) -> None:
     """Raises Unauthorized."""
-    if request.method in ("GET", "HEAD") and request.path in _OPEN_PATHS:
+    config = server.config
+    if request.method in ("GET", "HEAD") and (
+        request.path in _OPEN_PATHS or request.path == config.aip_health_route or request.path in config.open_path
+    ):
         return
     if not server.admits(request.headers.get("authorization", "")):
         raise Unauthorized()
 
 
 def _preflight(request: web.Request) -> web.Response:
-    """Any OPTIONS request."""
-    return web.Response(
-        headers={
-            "access-control-allow-methods": "GET,POST",
-            "access-control-allow-headers": "content-type,authorization",
-        }
-    )
+    """Any OPTIONS request. A page may send whatever headers it likes: none of them gives it a right it has not got."""
+    headers = {
+        "access-control-allow-methods": "GET,POST",
+        "access-control-allow-headers": "content-type,authorization",
+    }
+    asked = request.headers.get("access-control-request-headers", "").lower()
+    if _HEADER_NAMES.fullmatch(asked):
+        headers["access-control-allow-headers"] = asked
+    if "origin" in request.headers:
+        headers["access-control-max-age"] = "600"
+    return web.Response(headers=headers)
 
 
 async def _add_common_headers(request: web.Request, response: web.StreamResponse) -> None:
+    headers = response.headers
     origins = request.app[SERVER].config.cors_allow_origin
     origin = request.headers.get("origin")
     if not origins or "*" in origins:
-        response.headers["access-control-allow-origin"] = "*"
+        headers["access-control-allow-origin"] = "*"
     elif origin in origins:
-        response.headers["access-control-allow-origin"] = origin
-    own = response.headers.get("vary")
-    response.headers["vary"] = _VARY if own is None else f"{own}, {_VARY}"
-    response.headers["x-request-id"] = request[REQUEST_ID]
+        headers["access-control-allow-origin"] = origin
+    if origin is not None and request.method != "OPTIONS":
+        headers["access-control-expose-headers"] = "*"  # a page may read x-request-id, retry-after and the like
+    headers["vary"] = _VARY
+    headers["x-request-id"] = request[REQUEST_ID]
     if IGNORED_PARAMS in request:
-        response.headers["x-ignored-params"] = request[IGNORED_PARAMS]
-    response.headers.popall("server", None)
+        headers["x-ignored-params"] = request[IGNORED_PARAMS]
+    if TRACE in request:
+        headers["traceresponse"] = request[TRACE].response_header
+    headers.popall("server", None)

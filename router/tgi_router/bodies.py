@@ -5,6 +5,7 @@ Called by routes/*, sse.py and app.py.
 
 import asyncio
 import re
+import time
 from typing import Any, TypeVar
 
 import msgspec
@@ -12,6 +13,7 @@ from aiohttp import web
 
 from .errors import (
     ApiError,
+    DeadlineExceeded,
     MalformedBody,
     PayloadTooLarge,
     RequestTimeout,
@@ -20,7 +22,7 @@ from .errors import (
     WrongShape,
 )
 from .infer import Call, Timings
-from .server import REQUEST_ID, SERVER
+from .server import DEADLINE, REQUEST_ID, SERVER, TRACE
 from .stream import Choice
 from .unknown_fields import header_value, known, unknown
 
@@ -28,7 +30,8 @@ T = TypeVar("T")
 
 JSON = "application/json"
 _JSON_TYPE = re.compile(r"application/([\w.-]+\+)?json$", re.IGNORECASE)
-_READ_DEADLINE_S = 60.0
+READ_DEADLINE_S = 60.0  # for a body, and a second more for each so many bytes of it:
+_SLOWEST_BYTES_S = 100_000
 _PATH = re.compile(r"^(?P<what>.*) - at `\$\.?(?P<path>[^`]*)`$", re.DOTALL)
 _encode = msgspec.json.encode
 
@@ -42,13 +45,18 @@ async def read(request: web.Request, limit: int) -> bytes:
         raise UnsupportedMediaType()
     if (request.content_length or 0) > limit:
         raise PayloadTooLarge(limit)
+    size = limit if request.content_length is None else request.content_length
+    seconds = READ_DEADLINE_S + size / _SLOWEST_BYTES_S
+    deadline = request.get(DEADLINE)
     try:
-        async with asyncio.timeout(_READ_DEADLINE_S):
+        async with asyncio.timeout(seconds if deadline is None else min(seconds, deadline.at_s - time.monotonic())):
             return await request.read()
     except web.HTTPRequestEntityTooLarge as error:
         raise PayloadTooLarge(limit) from error
     except TimeoutError as error:
-        raise RequestTimeout(f"The body did not arrive within {_READ_DEADLINE_S:.0f} seconds.") from error
+        if deadline is not None and time.monotonic() >= deadline.at_s:
+            raise DeadlineExceeded(deadline.timeout_s) from error
+        raise RequestTimeout(f"The body did not arrive within {seconds:.0f} seconds.") from error
 
 
 async def parse(request: web.Request, decoder: msgspec.json.Decoder[T]) -> T:
@@ -95,7 +103,7 @@ def _with_path_first(message: str) -> str:
 
 def begin(request: web.Request) -> Call:
     """The call that `request` is from now on; app.py has given it its id."""
-    return Call(request[REQUEST_ID])
+    return Call(request[REQUEST_ID], deadline=request.get(DEADLINE), trace=request.get(TRACE))
 
 
 def json_response(answer: Any, headers: dict[str, str] | None = None) -> web.Response:
@@ -134,8 +142,9 @@ def error_response(request: web.Request, error: ApiError) -> web.Response:
     headers = {}
     if error.retry_after_s is not None:
         headers["retry-after"] = str(error.retry_after_s)
-    if openai and error.status == 424:
-        headers["x-should-retry"] = "false"  # OpenAI's clients repeat a 500; a poisonous request must not come back
+    if error.status == 504 or (openai and error.status == 424):
+        # OpenAI's clients repeat these; a poisonous request must not come back, and a deadline was the client's own
+        headers["x-should-retry"] = "false"
     return web.Response(
         status=http_status(error, openai=openai),
         body=_encode(error_object(error, openai=openai)),

@@ -14,15 +14,17 @@ import sys
 from collections.abc import AsyncIterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from aiohttp import web
 from tgi_proto import logs
 from tgi_proto.argv import from_argv
 
-from . import app, chat_template
+from . import app, chat_template, log_context
 from .batcher import Batcher
 from .chat_template import ChatTemplate
 from .config import RouterConfig
+from .connections import Runner
 from .errors import StartupError
 from .infer import Infer
 from .metrics import Metrics
@@ -32,6 +34,9 @@ from .stream import Shared
 from .tokenizer import Tokenizer, read_json
 from .validation import Validator
 
+if TYPE_CHECKING:
+    from .tracing import Tracing
+
 logger = logging.getLogger("tgi_router")
 
 
@@ -39,6 +44,7 @@ def main() -> None:
     """Exit code 0 after a signal, 1 when the configuration or the model does not allow to serve, 2 for wrong flags."""
     config = from_argv(RouterConfig, sys.argv[1:], prog=ROUTER_NAME)
     logs.setup("tgi_router", config.log_level)
+    log_context.install()
     try:
         _run(config)
     except StartupError as error:
@@ -72,10 +78,14 @@ async def serve(config: RouterConfig) -> None:
             logger.info("signal received before the start was done")
             return
         server = starting.result()
-        async with _listening(server):
-            await stop.wait()
-            stop.clear()
-            await _drain(server, stop)
+        try:
+            async with _listening(server):
+                await stop.wait()
+                stop.clear()
+                await _drain(server, stop)
+        finally:
+            if server.tracing is not None:
+                await asyncio.to_thread(server.tracing.stop)
     finally:
         for task in (starting, stopping):
             task.cancel()
@@ -89,6 +99,7 @@ async def start(config: RouterConfig, batcher: Batcher, metrics: Metrics) -> Ser
     connecting = asyncio.create_task(batcher.start())
     try:
         tokenizer, template = await asyncio.to_thread(_load_texts, config)
+        tracing = await asyncio.to_thread(_start_tracing, config)
         await connecting
     finally:
         connecting.cancel()
@@ -103,7 +114,19 @@ async def start(config: RouterConfig, batcher: Batcher, metrics: Metrics) -> Ser
     )
     if not tokenizer.vocabulary.is_bytes:
         logger.info("The tokenizer's ids are not bytes: text is decoded in a window, which costs more per token")
-    return Server(config, api_key, batcher, infer, metrics, tokenizer, template, version("text-generation-inference"))
+    server = Server(config, api_key, batcher, infer, metrics, tokenizer, template, version("text-generation-inference"))
+    server.tracing = tracing
+    return server
+
+
+def _start_tracing(config: RouterConfig) -> "Tracing | None":
+    """Raises StartupError."""
+    if config.otlp_endpoint is None:
+        return None
+    from .tracing import Tracing  # half a second of imports that nobody else needs
+
+    release = version("text-generation-inference")
+    return Tracing(config.otlp_endpoint, config.otlp_service_name, release, config.model_id)
 
 
 def _load_texts(config: RouterConfig) -> tuple[Tokenizer, ChatTemplate]:
@@ -173,15 +196,9 @@ async def _listening(server: Server) -> AsyncIterator[None]:
     config = server.config
     host = _address(config.hostname)
     logger.info("Connected")
-    runners = [
-        # handler_cancellation: a client that leaves cancels its handler, which cancels its request
-        (
-            web.AppRunner(app.build(server), handler_cancellation=True, access_log=None, shutdown_timeout=5.0),
-            config.port,
-        )
-    ]
+    runners = [(Runner(app.build(server)), config.port)]
     if config.prometheus_port not in (0, config.port):
-        runners.append((web.AppRunner(app.build_metrics(server), access_log=None), config.prometheus_port))
+        runners.append((Runner(app.build_metrics(server)), config.prometheus_port))
     try:
         for runner, port in runners:
             await runner.setup()

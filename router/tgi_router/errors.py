@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 
 logger = logging.getLogger(__name__)
 
-FailureLabel = Literal["validation", "overloaded", "template", "incomplete", "generation", "dropped"]
+FailureLabel = Literal["validation", "overloaded", "template", "incomplete", "generation", "dropped", "timeout"]
 
 
 class Bug(Exception):
@@ -40,6 +40,7 @@ class ApiError(Exception):
         self.message = self.prefix + message
         self.param = param
         self.retry_after_s = retry_after_s
+        self.logged = False  # infer.py has written its line; app.py does for the others
 
 
 class ValidationError(ApiError):
@@ -157,6 +158,19 @@ class RequestTimeout(ApiError):
     status = 408
     error_type = "validation"
     openai_type = "invalid_request_error"
+
+
+class DeadlineExceeded(ApiError):
+    """The time that the client gave in `x-request-timeout` is over."""
+
+    status = 504
+    error_type = "timeout"
+    openai_type = "timeout"
+    openai_code = "request_timeout"
+    failure = "timeout"
+
+    def __init__(self, timeout_s: float) -> None:
+        super().__init__(f"The request was not finished within {timeout_s:g} seconds, its `x-request-timeout`.")
 
 
 class Unauthorized(ApiError):

@@ -11,21 +11,39 @@ import logging
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
 
 from .batcher import Batcher
-from .errors import ApiError, Bug, Overloaded
+from .errors import ApiError, Bug, DeadlineExceeded, Overloaded
+from .retry_after import RetryAfter
 from .stream import Choice, Rules, Shared, Stream
 from .validation import Prompt, Validator, check_streamable
+
+if TYPE_CHECKING:  # it imports opentelemetry, which only `--otlp-endpoint` needs
+    from .tracing import Trace
 
 logger = logging.getLogger(__name__)
 
 
+class Deadline(NamedTuple):
+    """When a request must be finished."""
+
+    timeout_s: float  # as the client gave it
+    at_s: float  # time.monotonic()
+
+
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One HTTP request, from when its body was understood. request_id: for the log; the client sees it, too."""
+    """One request, from when its body was understood.
+
+    request_id: for the log; the client sees it, too. deadline: after it the request fails with DeadlineExceeded.
+    trace: where its spans go when tracing is on.
+    """
 
     request_id: str
     started_s: float = field(default_factory=time.monotonic)
+    deadline: Deadline | None = None
+    trace: "Trace | None" = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +81,7 @@ class Infer:
         self.shared = shared
         self.num_running = 0  # permits taken
         self._max_running = max_concurrent_requests
+        self._retry_after = RetryAfter(max_concurrent_requests)
 
     @contextlib.asynccontextmanager
     async def open(
@@ -70,35 +89,84 @@ class Infer:
     ) -> AsyncIterator[Stream]:
         """Yields `copies` choices for each prompt, prompt 0's first. Raises ApiError, also from the stream."""
         stream = Stream(streaming=rules.streaming, copies=copies)
-        try:
+        with self._traced(stream, prompts, call, copies), self._failures(stream, call), self._deadline(stream, call):
             if rules.streaming:
                 for prompt in prompts:
                     check_streamable(prompt.parameters)
             with self._permits(len(prompts) * copies):
                 try:
-                    await self._submit(stream, prompts, rules, copies)
+                    await self._submit(stream, prompts, rules, call, copies)
                     yield stream
                     self._account(stream, call)
                 finally:
                     self._cancel(stream)
+
+    @property
+    def drained_in_s(self) -> int:
+        """Whole seconds until what runs now is likely to be finished."""
+        return self._retry_after.until_all_returned(self.num_running)
+
+    @contextlib.contextmanager
+    def _traced(self, stream: Stream, prompts: Sequence[Prompt], call: Call, copies: int) -> Iterator[None]:
+        if call.trace is None:
+            yield
+            return
+        failure: BaseException | None = None
+        try:
+            yield
+        except BaseException as error:
+            failure = error
+            raise
+        finally:
+            call.trace.generation(call, prompts, stream, failure, copies)
+
+    @contextlib.contextmanager
+    def _failures(self, stream: Stream, call: Call) -> Iterator[None]:
+        """Counts and logs what goes wrong."""
+        try:
+            yield
         except (asyncio.CancelledError, ConnectionError):
             self._count_cancelled(stream, call)
             raise
         except ApiError as error:
             self.count_failure(error, call)
             raise
+        except Exception:  # a mistake of ours: `presentable` writes its line
+            self.shared.metrics.request_failure.inc("generation")
+            raise
+
+    @contextlib.contextmanager
+    def _deadline(self, stream: Stream, call: Call) -> Iterator[None]:
+        """Ends `stream` when the time is over that its client gave, also when its handler waits for something else."""
+        if call.deadline is None:
+            yield
+            return
+        error = DeadlineExceeded(call.deadline.timeout_s)
+
+        def expire() -> None:
+            stream.fail(error)
+            self._cancel(stream)
+
+        left_s = max(0.0, call.deadline.at_s - time.monotonic())
+        timer = asyncio.get_running_loop().call_later(left_s, expire)
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     @contextlib.contextmanager
     def _permits(self, count: int) -> Iterator[None]:
+        started_s = time.monotonic()
         if self.num_running + count > self._max_running:
-            raise Overloaded()
+            raise Overloaded(self._retry_after.refused(count, started_s))
         self.num_running += count
         try:
             yield
         finally:
             self.num_running -= count
+            self._retry_after.returned(time.monotonic() - started_s)
 
-    async def _submit(self, stream: Stream, prompts: Sequence[Prompt], rules: Rules, copies: int) -> None:
+    async def _submit(self, stream: Stream, prompts: Sequence[Prompt], rules: Rules, call: Call, copies: int) -> None:
         validated = await asyncio.gather(*(self.validator.validate(prompt, copies) for prompt in prompts))
         metrics = self.shared.metrics
         for group in validated:
@@ -106,7 +174,7 @@ class Infer:
             metrics.request_max_new_tokens.observe(group[0].request.max_new_tokens)
             for one in group:
                 choice = Choice(one, stream, self.shared, rules)
-                choice.request = self.batcher.submit(one.request, choice)
+                choice.request = self.batcher.submit(one.request, choice, call.request_id)
 
     def _cancel(self, stream: Stream) -> None:
         """Ends what still runs, whatever the reason."""
@@ -127,7 +195,8 @@ class Infer:
         if error.failure is not None:
             self.shared.metrics.request_failure.inc(error.failure)
         level = logging.ERROR if error.status >= 500 or error.status == 424 else logging.INFO
-        logger.log(level, "%s", error.message, extra={"request_id": call.request_id})
+        logger.log(level, "%s", error.message, extra={"request_id": call.request_id, "error_type": error.error_type})
+        error.logged = True
 
     def _account(self, stream: Stream, call: Call) -> None:
         """Metrics and the log line of every prompt; of several copies the first stands for all, as in TGI."""
@@ -143,10 +212,10 @@ class Infer:
             metrics.request_inference_duration.observe(times.inference)
             metrics.request_mean_time_per_token_duration.observe(times.per_token)
             metrics.request_generated_tokens.observe(choice.num_tokens)
-            logger.info("Success", extra={"request_id": call.request_id, **_log_fields(choice, times)})
+            logger.info("Success", extra={"request_id": call.request_id, **log_fields(choice, times)})
 
 
-def _log_fields(choice: Choice, times: Timings) -> dict[str, str | int | None]:
+def log_fields(choice: Choice, times: Timings) -> dict[str, str | int | None]:
     """What TGI's line of a finished request says; no text of the request."""
     return {
         "total_time": format_duration(times.total),

@@ -22,7 +22,7 @@ DURATION_BUCKETS = tuple(accumulate([1.5] * 35, mul, initial=0.0001))[1:]
 BATCH_SIZE_BUCKETS = tuple(float(size) for size in range(1, 1025))
 QUANTILES = (0.0, 0.5, 0.9, 0.95, 0.99, 0.999, 1.0)
 METHODS = ("prefill", "decode")
-FAILURES = ("validation", "overloaded", "template", "incomplete", "generation", "dropped")
+FAILURES = ("validation", "overloaded", "template", "incomplete", "generation", "dropped", "timeout")  # the last is ours
 
 
 def format_number(value: float) -> str:

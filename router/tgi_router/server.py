@@ -4,15 +4,20 @@ import hmac
 import re
 import uuid
 from dataclasses import dataclass
+from hashlib import sha256
+from typing import TYPE_CHECKING
 
 from aiohttp import web
 
 from .batcher import Batcher
 from .chat_template import ChatTemplate
 from .config import RouterConfig
-from .infer import Infer
+from .infer import Deadline, Infer
 from .metrics import Metrics
 from .tokenizer import Tokenizer
+
+if TYPE_CHECKING:  # it imports opentelemetry, which only `--otlp-endpoint` needs
+    from .tracing import Trace, Tracing
 
 ROUTER_NAME = "text-generation-router"
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
@@ -31,6 +36,7 @@ class Server:
     template: ChatTemplate
     version: str
     draining: bool = False
+    tracing: "Tracing | None" = None
 
     @property
     def healthy(self) -> bool:
@@ -41,8 +47,8 @@ class Server:
         if self.api_key is None:
             return True
         scheme, _, key = authorization.partition(" ")
-        given = key.strip().encode(errors="surrogateescape")
-        return hmac.compare_digest(given, self.api_key.encode()) and scheme.lower() == "bearer"
+        given = sha256(key.strip().encode(errors="surrogateescape")).digest()  # so that the length tells nothing
+        return hmac.compare_digest(given, sha256(self.api_key.encode()).digest()) and scheme.lower() == "bearer"
 
     @property
     def system_fingerprint(self) -> str:
@@ -50,7 +56,10 @@ class Server:
 
 
 SERVER: web.AppKey[Server] = web.AppKey("server", Server)
-REQUEST_ID: web.RequestKey[str] = web.RequestKey("request_id", str)  # given by app.py to every request
+# Given by app.py to a request: its id always, a deadline when the client asked for one, a trace when tracing is on.
+REQUEST_ID: web.RequestKey[str] = web.RequestKey("request_id", str)
+DEADLINE: web.RequestKey[Deadline] = web.RequestKey("deadline", Deadline)
+TRACE: "web.RequestKey[Trace]" = web.RequestKey("trace", object)  # type: ignore[arg-type]
 
 
 def request_id(given: str) -> str:

@@ -67,7 +67,7 @@ class Stream:
         # Set by the reader: writes a token at once, without waking it; False when that cannot be done now. Waking a
         # task for every token would cost a fifth of the router's time.
         self.write_now: Callable[[Choice, GeneratedToken], bool] | None = None
-        self._streaming = streaming
+        self.streaming = streaming
         self._copies = copies
         self._error: Exception | None = None
         self._unread: list[tuple[Choice, GeneratedToken]] = []
@@ -132,12 +132,12 @@ class Stream:
     def closed(self) -> None:
         """A choice has ended."""
         self._num_open -= 1
-        if self._streaming or self._num_open == 0:
+        if self.streaming or self._num_open == 0:
             self._wake()
 
     def fail(self, error: Exception) -> None:
         """A choice has failed; the first failure is the stream's."""
-        if isinstance(error, IncompleteGeneration) and self._streaming:
+        if isinstance(error, IncompleteGeneration) and self.streaming:
             error = IncompleteGenerationStream()
         if self._error is None:
             self._error = error
@@ -155,7 +155,7 @@ class Stream:
         """
         loop = asyncio.get_running_loop()
         self._waiting_since_s = time.monotonic()
-        if self._timer is None and self._streaming:
+        if self._timer is None and self.streaming:
             self._timer = loop.call_later(KEEP_ALIVE_S, self._keep_alive, loop)
         self._waiter = loop.create_future()
         return await self._waiter
