@@ -94,10 +94,12 @@ class Live:
     sampling: pb.SamplingParameters
     top_n: int = 0
     prompt_logprobs_wanted: bool = False
+    prompt_top_n: int = 0
     generated: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
     top: list[list[int]] = dataclasses.field(default_factory=list)
     prompt_logprobs: list[float] = dataclasses.field(default_factory=list)
+    prompt_top: list[list[int]] = dataclasses.field(default_factory=list)
     blocks: list[int] = dataclasses.field(default_factory=list)
     cached: int = 0
     computed: int = 0
@@ -179,6 +181,7 @@ class Driver:
             if generation.prompt_logprobs:
                 assert generation.prompt_logprobs_start == len(live.prompt_logprobs) + 1
                 live.prompt_logprobs += generation.prompt_logprobs
+                live.prompt_top += [list(top.ids) for top in generation.prompt_top_tokens]
         for error in response.errors:
             self._live[error.request_id].error = error.message
 
@@ -201,6 +204,7 @@ class Driver:
             sampling=live.sampling,
             top_n_tokens=live.top_n,
             prompt_logprobs=live.prompt_logprobs_wanted,
+            prompt_top_n_tokens=live.prompt_top_n,
         )
 
 

@@ -47,7 +47,19 @@ def same(a: driving.Live, b: driving.Live) -> None:
     assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
 
 
-MODES = [pytest.param({}, id="greedy"), pytest.param(SAMPLED, id="sampled")]
+ADJUSTED = {
+    **SAMPLED,
+    "min_p": 0.01,
+    "presence_penalty": 1.5,
+    "logit_bias": {5: 4.0, 6: -100.0, 7: 3.0},
+    "min_new_tokens": 7,
+    "end_token_ids": [5, 9],
+}
+MODES = [
+    pytest.param({}, id="greedy"),
+    pytest.param(SAMPLED, id="sampled"),
+    pytest.param(ADJUSTED, id="adjusted"),
+]
 
 
 def test_greedy_generation_is_transformers(model: Decoder, model_dir: Path):
@@ -75,13 +87,18 @@ def test_a_prompt_in_chunks_is_the_prompt_whole(model: Decoder, cuts: list[int],
     tokens = prompt(17)
     d = driver(model)
     live = d.add(tokens, prompt_logprobs=True, top_n=2, **fields)
+    live.prompt_top_n = 3
     for cut in cuts:
         d.step({live: cut})
     d.run(NEW_TOKENS - 1)
-    whole = alone(model, tokens, prompt_logprobs=True, top_n=2, **fields)
+    d = driver(model)
+    whole = d.add(tokens, prompt_logprobs=True, top_n=2, **fields)
+    whole.prompt_top_n = 3
+    d.run(NEW_TOKENS)
     same(live, whole)
     assert live.top == whole.top
     assert live.prompt_logprobs == pytest.approx(whole.prompt_logprobs, abs=1e-4)
+    assert live.prompt_top == whole.prompt_top
 
 
 def test_prompt_logprobs_are_transformers(model: Decoder, model_dir: Path):
@@ -89,9 +106,14 @@ def test_prompt_logprobs_are_transformers(model: Decoder, model_dir: Path):
     reference = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     scores = reference(torch.tensor([tokens])).logits[0].log_softmax(-1)
     expected = [scores[i, token].item() for i, token in enumerate(tokens[1:])]
-    live = alone(model, tokens, 2, prompt_logprobs=True)
+    d = driver(model)
+    live, plain = d.add(tokens, prompt_logprobs=True), d.add(tokens, prompt_logprobs=True)
+    live.prompt_top_n = 3
+    d.run(2)
     assert live.prompt_logprobs == pytest.approx(expected, abs=1e-3)
+    assert live.prompt_top == scores[:-1].topk(3).indices.tolist()
     assert len(live.generated) == 2
+    assert (plain.prompt_logprobs, plain.prompt_top) == (live.prompt_logprobs, [])
 
 
 @pytest.mark.parametrize("fields", MODES)

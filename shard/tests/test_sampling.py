@@ -460,9 +460,25 @@ def test_prompt_logprobs_are_computed_in_parts(monkeypatch):
         return part @ head
 
     monkeypatch.setattr(logprobs, "_MAX_ELEMENTS", 500)
-    ours = logprobs.of_targets(logits_of, hidden, targets, 50)
-    assert sizes == [10, 10, 3]
-    torch.testing.assert_close(ours, (hidden @ head).log_softmax(-1)[torch.arange(23), targets])
+    ours, top = logprobs.of_targets(logits_of, hidden, targets, 50)
+    assert (sizes, top) == ([10, 10, 3], [])
+    expected = (hidden @ head).log_softmax(-1)
+    torch.testing.assert_close(ours, expected[torch.arange(23), targets])
+    wanted = torch.arange(23) % 3
+    again, top = logprobs.of_targets(logits_of, hidden, targets, 50, wanted)
+    assert again.tolist() == ours.tolist()
+    for place in range(23):
+        best = expected[place].topk(int(wanted[place]))
+        assert [token for token, _ in top[place]] == best.indices.tolist()
+        assert [value for _, value in top[place]] == pytest.approx(best.values.tolist(), abs=1e-5)
+
+
+def test_a_prompt_token_that_is_the_likeliest_has_exactly_the_log_probability_of_the_first_alternative():
+    """Clients that score ask whether a text is greedy by comparing the two numbers."""
+    hidden = random_logits(40, 5.0)
+    best = hidden.argmax(-1)
+    ours, top = logprobs.of_targets(lambda part: part, hidden, best, VOCAB, torch.ones(40, dtype=torch.int64))
+    assert [tokens[0] for tokens in top] == list(zip(best.tolist(), ours.tolist(), strict=True))
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

@@ -18,7 +18,7 @@ from .attention.base import AttentionBackend, AttentionSpec
 from .errors import StepOrder
 from .faults import Faults
 from .kv_cache import KvCache
-from .rows import RowTable, StepBatch
+from .rows import Row, RowTable, StepBatch
 from .sampling import logprobs
 from .sampling.sampler import Sampled, Sampler
 from .step import StepInput
@@ -50,6 +50,7 @@ class PromptLogprobs:
 
     start: int
     values: list[float]
+    top: list[logprobs.TopTokens]  # of each; [] when the row wants none
 
 
 class Engine:
@@ -109,25 +110,30 @@ class Engine:
 
     def _prompt_logprobs(self, batch: StepBatch, hidden: Tensor) -> dict[int, PromptLogprobs]:
         """By request id. A prompt token's log-probability comes from the hidden state of the token before it."""
-        parts: list[tuple[int, int, int]] = []  # request id, first prompt token, number
+        parts: list[tuple[Row, int, int]] = []  # row, first prompt token, number
         sources: list[Tensor] = []
         targets: list[Tensor] = []
+        wanted: list[Tensor] = []
         offset = 0
         for row, num_tokens in zip(batch.rows, batch.attention.query_lengths, strict=True):
             start = row.num_computed_tokens + 1
             count = min(start + num_tokens, row.num_prompt_tokens) - start
             if row.prompt_logprobs and count > 0:
-                parts.append((row.request_id, start, count))
+                parts.append((row, start, count))
                 sources.append(hidden[offset : offset + count])
                 targets.append(self._rows.prompt_tokens(row, start, start + count))
+                wanted.append(torch.full((count,), row.prompt_top_n, device=hidden.device))
             offset += num_tokens
         if not parts:
             return {}
         model = self._model
-        values = logprobs.of_targets(model.logits, torch.cat(sources), torch.cat(targets), model.vocab_size).tolist()
-        result, offset = {}, 0
-        for request_id, start, count in parts:
-            result[request_id] = PromptLogprobs(start, values[offset : offset + count])
+        # Only rank 0 reports.
+        tops = torch.cat(wanted) if self._rank == 0 and any(row.prompt_top_n for row, _, _ in parts) else None
+        found, top = logprobs.of_targets(model.logits, torch.cat(sources), torch.cat(targets), model.vocab_size, tops)
+        values, result, offset = found.tolist(), {}, 0
+        for row, start, count in parts:
+            mine = slice(offset, offset + count)
+            result[row.request_id] = PromptLogprobs(start, values[mine], top[mine] if row.prompt_top_n else [])
             offset += count
         return result
 
@@ -163,7 +169,12 @@ class Engine:
                 generation.logprobs.append(value_list[place])
                 if place in sampled.top:
                     top = sampled.top[place]
-                    generation.top_tokens.add(ids=[token for token, _ in top], logprobs=[value for _, value in top])
+                    generation.top_tokens.append(_top_tokens(top))
             if prompt is not None:
                 generation.prompt_logprobs.extend(prompt.values)
                 generation.prompt_logprobs_start = prompt.start
+                generation.prompt_top_tokens.extend(map(_top_tokens, prompt.top))
+
+
+def _top_tokens(top: logprobs.TopTokens) -> pb.TopTokens:
+    return pb.TopTokens(ids=[token for token, _ in top], logprobs=[value for _, value in top])

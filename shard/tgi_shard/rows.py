@@ -57,6 +57,7 @@ class Row:
     num_computed_tokens: int  # of them, with KV in the pool
     blocks: list[int]
     prompt_logprobs: bool
+    prompt_top_n: int  # most likely alternatives reported with each
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,6 +247,7 @@ class RowTable:
             num_computed_tokens=admission.num_cached_tokens,
             blocks=[],
             prompt_logprobs=admission.prompt_logprobs,
+            prompt_top_n=admission.prompt_top_n_tokens,
         )
         self._append_blocks(row, admission.blocks)
         self._sampling[row.index] = params

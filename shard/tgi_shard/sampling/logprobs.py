@@ -31,16 +31,31 @@ def top_tokens(logprobs: Tensor, ids: Tensor | None, wanted: Tensor) -> list[Top
     return result
 
 
-def of_targets(logits_of: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
-    """Log-probability of each target under the model's raw distribution.
+def of_targets(
+    logits_of: Callable[[Tensor], Tensor],
+    hidden: Tensor,
+    targets: Tensor,
+    vocab_size: int,
+    wanted: Tensor | None = None,
+) -> tuple[Tensor, list[TopTokens]]:
+    """Log-probability of each target under the model's raw distribution, and the most likely tokens in its place.
 
-    hidden `[P, E]`, targets `[P]` → `[P]` float32.
+    hidden `[P, E]`, targets `[P]`, wanted `[P]` top tokens (0 = none; None = nobody wants any) → `[P]` float32, P lists
+    ([] when nobody wants any).
     logits_of: hidden `[n, E]` → logits `[n, V]` float32; called on parts small enough that they fit 64 MiB.
     """
     part = max(1, _MAX_ELEMENTS // vocab_size)
     result = torch.empty(targets.shape[0], dtype=torch.float32, device=hidden.device)
+    top: list[TopTokens] = [] if wanted is None else [[] for _ in range(targets.shape[0])]
     for start in range(0, targets.shape[0], part):
         logits = logits_of(hidden[start : start + part])
+        norm = logits.logsumexp(-1)
         chosen = logits.gather(1, targets[start : start + part].unsqueeze(1)).squeeze(1)
-        result[start : start + part] = chosen - logits.logsumexp(-1)
-    return result
+        result[start : start + part] = chosen - norm
+        if wanted is not None:
+            some = wanted[start : start + part].nonzero().squeeze(1)
+            if len(some):
+                found = top_tokens(logits[some] - norm[some].unsqueeze(1), None, wanted[start + some])
+                for place, tokens in zip(some.tolist(), found, strict=True):
+                    top[start + place] = tokens
+    return result, top
