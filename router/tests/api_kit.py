@@ -25,6 +25,7 @@ from tgi_proto import generate_pb2 as pb
 from tgi_router import app, cli
 from tgi_router.batcher import Batcher
 from tgi_router.config import RouterConfig
+from tgi_router.connections import Patience, Runner
 from tgi_router.metrics import Metrics
 from tgi_router.server import Server
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -131,8 +132,19 @@ class Api:
         assert self.group.violations == []
 
 
+class _Host(TestServer):
+    """aiohttp's test server with the connections that cli.py makes."""
+
+    patience = Patience()
+
+    async def _make_runner(self, **options: Any) -> Runner:
+        return Runner(self.app, self.patience)
+
+
 @contextlib.asynccontextmanager
-async def serving(*, model: dict[str, Any] | None = None, **changes: Any) -> AsyncIterator[Api]:
+async def serving(
+    *, model: dict[str, Any] | None = None, patience: Patience | None = None, **changes: Any
+) -> AsyncIterator[Api]:
     """changes: fields of RouterConfig or of FakeConfig. model: fields of tokenizer_config.json."""
     shard_names = {field.name for field in fields(FakeConfig)}
     shard = {name: value for name, value in changes.items() if name in shard_names}
@@ -153,7 +165,8 @@ async def serving(*, model: dict[str, Any] | None = None, **changes: Any) -> Asy
         server = await cli.start(config, batcher, metrics)
         listener = socket.socket()
         listener.bind(("127.0.0.1", 0))
-        host = TestServer(app.build(server), socket_factory=lambda *_: listener)
+        host = _Host(app.build(server), socket_factory=lambda *_: listener)
+        host.patience = patience or Patience()
         await host.start_server(shutdown_timeout=1.0)
         try:
             async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http:
