@@ -10,6 +10,7 @@ import contextlib
 import logging
 import time
 from collections import deque
+from collections.abc import Callable
 from enum import Enum
 from itertools import count
 from typing import NamedTuple
@@ -56,6 +57,7 @@ class Batcher:
     def __init__(self, config: RouterConfig, metrics: Metrics) -> None:
         self.state = State.STARTING
         self.reason = "waiting for the shards"  # one sentence (part) for logs and /health, without a full stop
+        self.on_state: Callable[[], None] = lambda: None  # called after every change of the two; must not raise
         self._config = config
         self._metrics = metrics
         self._wake = asyncio.Event()  # an answer is here, a request came or went, the shards are lost
@@ -342,6 +344,7 @@ class Batcher:
         if state is not self.state:
             logger.info("%s: %s", state.value, reason)
         self.state, self.reason = state, reason
+        self.on_state()
 
     # ---- numbers
 
