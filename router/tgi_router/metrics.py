@@ -22,6 +22,7 @@ DURATION_BUCKETS = tuple(accumulate([1.5] * 35, mul, initial=0.0001))[1:]
 BATCH_SIZE_BUCKETS = tuple(float(size) for size in range(1, 1025))
 QUANTILES = (0.0, 0.5, 0.9, 0.95, 0.99, 0.999, 1.0)
 METHODS = ("prefill", "decode")
+GRPC_METHODS = ("Generate", "GenerateStream", "Chat", "ChatStream", "Tokenize", "Info")
 FAILURES = ("validation", "overloaded", "template", "incomplete", "generation", "dropped", "timeout")  # the last is ours
 
 
@@ -252,6 +253,10 @@ class Metrics:
             "tgi_request_inter_token_duration", "Time between two tokens of a request", durations
         )
         self.request_cancelled = Counter("tgi_request_cancelled", "Requests whose client left before the end")
+        # ours: grpc_service/calls.py; what is generated counts above, too
+        self.grpc_request_count = Counter(
+            "tgi_grpc_request_count", "Calls of the public gRPC service", "method", GRPC_METHODS
+        )
         # ours: batcher.py
         self.kv_blocks = Gauge("tgi_kv_blocks", "KV blocks of the pool")
         self.kv_blocks_used = Gauge("tgi_kv_blocks_used", "KV blocks held by running requests")
