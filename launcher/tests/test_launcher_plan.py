@@ -154,7 +154,6 @@ def test_contradicting_flags_get_tgis_sentences(values: dict[str, Any], sentence
         {"speculate": 2},
         {"kv_cache_dtype": "fp8_e5m2"},
         {"lora_adapters": "a"},
-        {"otlp_endpoint": "http://c:4317"},
         {"ngrok": True},
     ],
 )
@@ -382,6 +381,14 @@ def test_the_prometheus_port_is_used_only_when_it_was_given() -> None:
     assert plan().router.prometheus_port == 0
     assert plan(prometheus_port=9000).router.prometheus_port == 9000
     assert plan(port=9000, prometheus_port=9000).router.prometheus_port == 0
+
+
+def test_the_collector_and_the_open_paths_reach_the_router() -> None:
+    router = plan(otlp_endpoint="http://c:4317", otlp_service_name="mine", open_path=("/metrics", "/info")).router
+    assert (router.otlp_endpoint, router.otlp_service_name) == ("http://c:4317", "mine")
+    assert router.open_path == ("/metrics", "/info")
+    assert plan().router.otlp_endpoint is None
+    assert "`otlp_endpoint` is empty" in error(check_flags, make_flags(otlp_endpoint=""), {})
 
 
 def test_dtype_is_float32_on_a_cpu_and_the_checkpoints_on_a_gpu() -> None:

@@ -14,7 +14,6 @@ from .flags import Flags
 _NOT_BUILT = {
     "quantize": "quantization is not built yet: serve the full-precision checkpoint",
     "kv_cache_dtype": "a KV cache type of its own is not built yet: the cache has the type of --dtype",
-    "otlp_endpoint": "traces are not built yet: leave it unset",
     "ngrok": "tunnels through ngrok are not built: run ngrok beside the server",
 }
 _HINTS = {
@@ -106,6 +105,8 @@ def _check_ranges(flags: Flags) -> None:
             raise ArgumentValidation(f"`{name}` must be > 0")
     if flags.model_id == "":
         raise ArgumentValidation("`model_id` is empty: give a Hub id or a directory, or leave it out for the demo")
+    if flags.otlp_endpoint == "":
+        raise ArgumentValidation("`otlp_endpoint` is empty: give http://host:4317, or leave it out to send no traces")
     if flags.api_key == "":
         raise ArgumentValidation("`api_key` is empty: give a key, or leave it out to serve without one")
     if not 0 < flags.cuda_memory_fraction <= 1:

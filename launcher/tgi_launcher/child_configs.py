@@ -81,7 +81,6 @@ def shard_config(decisions: Decisions, rank: int) -> ShardConfig:
         num_threads=decisions.threads if on_cpu else flags.num_threads,
         rope_factor=rope_factor,
         log_level=decisions.ambient.shard_log_level,
-        otlp_service_name=flags.otlp_service_name,
         faults=decisions.ambient.faults,
         **given(
             rope_scaling=rope_scaling,
@@ -110,6 +109,7 @@ def router_config(decisions: Decisions) -> RouterConfig:
         port=flags.listen_port,
         prometheus_port=flags.prometheus_port if separate_metrics else 0,
         cors_allow_origin=flags.cors_allow_origin,
+        open_path=flags.open_path,
         strict_params=flags.strict_params,
         aip_predict_route=flags.aip_predict_route,
         aip_health_route=flags.aip_health_route,
@@ -130,6 +130,7 @@ def router_config(decisions: Decisions) -> RouterConfig:
         # It must have told its clients and ended before the launcher's own patience does.
         graceful_termination_timeout_s=max(grace_s - 1.0, grace_s / 2),
         log_level=decisions.ambient.router_log_level,
+        otlp_endpoint=flags.otlp_endpoint,
         otlp_service_name=flags.otlp_service_name,
         **given(compute_type=compute_type),
     )

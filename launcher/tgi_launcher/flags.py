@@ -148,6 +148,9 @@ class Flags:
         _HTTP, "Port for metrics alone, when given; /metrics is always on the main port too.", Kind.U16, 9000
     )
     api_key: str | None = _flag(_HTTP, "Key that clients must send as a bearer token.", secret=True)
+    open_path: tuple[str, ...] = _flag(
+        _HTTP, "Path whose GET needs no API key, such as /metrics; repeat for more.", Kind.REPEATED, ()
+    )
     cors_allow_origin: tuple[str, ...] = _flag(_HTTP, "Origin allowed by CORS; repeat for more.", Kind.REPEATED, ())
     strict_params: bool = _flag(
         _HTTP,
@@ -163,6 +166,7 @@ class Flags:
     validation_workers: int = _flag(_HTTP, "Threads that tokenize.", Kind.USIZE, 2)
 
     json_output: bool = _flag(_LOGS, "Write logs as JSON lines.", Kind.SWITCH, False)
+    otlp_endpoint: str | None = _flag(_LOGS, "OpenTelemetry collector to send traces to (OTLP over gRPC).")
     otlp_service_name: str = _flag(_LOGS, "service.name of the traces.", default="text-generation-inference.router")
     usage_stats: Literal["on", "off", "no-stack"] = _flag(
         _LOGS,
@@ -199,7 +203,6 @@ class Flags:
     speculate: int | None = _flag(_LATER, "Number of speculated tokens.", Kind.USIZE)
     kv_cache_dtype: str | None = _flag(_LATER, "Type of the KV cache.", choices=("fp8_e4m3fn", "fp8_e5m2"))
     lora_adapters: str | None = _flag(_LATER, "Comma-separated LoRA adapters.")
-    otlp_endpoint: str | None = _flag(_LATER, "OpenTelemetry collector (gRPC).")
     ngrok: bool = _flag(_LATER, "Tunnel through ngrok.", Kind.SWITCH, False)
     ngrok_authtoken: str | None = _flag(_LATER, "Token for --ngrok.", secret=True)
     ngrok_edge: str | None = _flag(_LATER, "Edge for --ngrok.")

@@ -47,9 +47,11 @@ class RouterConfig:
     max_batch_size: int | None = flag("Most requests running at once. Unset: what the shard has rows for.", None)
     max_batch_total_tokens: int | None = flag("Most tokens with KV in memory. Unset: what was measured.", None)
     disable_grammar_support: bool = flag("Refuse every grammar.", False)
+    tool_call_parser: str = flag("Format of the model's tool calls; auto = found out from its chat template.", "auto")
+    reasoning_parser: str = flag("Marks around the model's thoughts; auto = found out; none = not separated.", "auto")
 
     step_deadline_s: float = flag("A shard that does not answer a step for so long is dead, seconds.", 60.0)
     graceful_termination_timeout_s: float = flag("Time for running requests to end after SIGTERM, seconds.", 90.0)
     log_level: str = flag("DEBUG, INFO, WARNING or ERROR.", "INFO")
-    otlp_endpoint: str | None = flag("OpenTelemetry collector (gRPC).", None)
+    otlp_endpoint: str | None = flag("OpenTelemetry collector to send traces to (OTLP over gRPC).", None)
     otlp_service_name: str = flag("service.name of the traces.", "text-generation-inference.router")

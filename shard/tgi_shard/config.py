@@ -39,6 +39,4 @@ class ShardConfig:
     watermark_delta: float = flag("Added to the logits of the green list.", 2.0)
 
     log_level: str = flag("DEBUG, INFO, WARNING or ERROR.", "INFO")
-    otlp_endpoint: str | None = flag("OpenTelemetry collector (gRPC).", None)
-    otlp_service_name: str = flag("service.name of the traces.", "text-generation-inference.server")
     faults: str | None = flag("Fault points to arm, for tests; see tgi_shard/faults.py.", None)
