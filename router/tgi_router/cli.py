@@ -206,13 +206,23 @@ async def _listening(server: Server) -> AsyncIterator[None]:
                 await web.TCPSite(runner, host, port, backlog=1024).start()
             except OSError as error:
                 raise StartupError(f"Port {port} of {host} cannot be bound: {error.strerror or error}") from error
-        bound = runners[0][0].addresses[0]
-        shown = f"[{bound[0]}]" if ":" in bound[0] else bound[0]
-        logs.event(logger, "serving", "Serving", address=f"http://{shown}:{bound[1]}")
-        yield
+        async with _grpc(server, host):
+            bound = runners[0][0].addresses[0]
+            shown = f"[{bound[0]}]" if ":" in bound[0] else bound[0]
+            logs.event(logger, "serving", "Serving", address=f"http://{shown}:{bound[1]}")
+            yield
     finally:
         for runner, _ in runners:
             await runner.cleanup()
+
+
+def _grpc(server: Server, host: str) -> contextlib.AbstractAsyncContextManager[None]:
+    """The public gRPC service, when it is asked for."""
+    if server.config.grpc_port == 0:
+        return contextlib.nullcontext()
+    from .grpc_service.listening import listening  # imports that nobody else needs
+
+    return listening(server, host)
 
 
 def _address(hostname: str) -> str:
