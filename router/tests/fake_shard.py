@@ -46,6 +46,11 @@ def logprob(token: int) -> float:
     return -(1 + token % 64) / 16
 
 
+def top_tokens(token: int, count: int, vocab_size: int) -> list[int]:
+    """What is reported as the most likely tokens where `token` stands."""
+    return [(token + i) % vocab_size for i in range(count)]
+
+
 def generate(prompt: list[int], count: int, sampling: pb.SamplingParameters, vocab_size: int) -> list[int]:
     """What an undisturbed model generates: the expectation of every test."""
     hashed = ROOT
@@ -218,6 +223,10 @@ class FakeEngine:
             generation.prompt_logprobs_start = start + 1
             known = row.token_ids[start + 1 : min(stop + 1, row.num_prompt_tokens)]
             generation.prompt_logprobs.extend(logprob(token) for token in known)
+            if row.admission.prompt_top_n_tokens:
+                for token in known:
+                    top = top_tokens(token, row.admission.prompt_top_n_tokens, self.config.vocab)
+                    generation.prompt_top_tokens.add(ids=top, logprobs=map(logprob, top))
         if stop == len(row.token_ids):
             digest = self.sample(row, generation, digest)
         if generation.token_ids or generation.prompt_logprobs:
@@ -233,7 +242,7 @@ class FakeEngine:
         generation.token_ids.append(token)
         generation.logprobs.append(logprob(token))
         if row.admission.top_n_tokens:
-            ids = [(token + i) % self.config.vocab for i in range(row.admission.top_n_tokens)]
+            ids = top_tokens(token, row.admission.top_n_tokens, self.config.vocab)
             generation.top_tokens.add(ids=ids, logprobs=[logprob(i) for i in ids])
         return zlib.crc32(f"{generation.request_id}:{token}".encode(), digest)
 

@@ -6,7 +6,7 @@ from itertools import count
 
 from fake_shard import Died, FakeConfig, FakeEngine, generate
 from tgi_proto import generate_pb2 as pb
-from tgi_router.request import FinishReason, Phase, Request, Token, ValidRequest
+from tgi_router.request import FinishReason, Phase, Request, Token, Top, ValidRequest
 from tgi_router.scheduler import Limits, Scheduler
 from tgi_router.step_plan import StepPlan, encode
 
@@ -19,13 +19,15 @@ class Collector:
     stop: frozenset[int] = frozenset()
     tokens: list[Token] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)  # of the prompt, from position 1 on
+    prompt_top: list[Top] = field(default_factory=list)  # likewise
     error: Exception | None = None
     reason: FinishReason | None = None
 
-    def prompt_logprobs(self, start: int, logprobs: list[float]) -> None:
+    def prompt_logprobs(self, start: int, logprobs: list[float], top: list[Top]) -> None:
         assert start == len(self.logprobs) + 1, "prompt log-probabilities have a gap or come twice"
         assert not self.tokens, "prompt log-probabilities after the first token"
         self.logprobs += logprobs
+        self.prompt_top += top
 
     def token(self, token: Token) -> FinishReason | None:
         assert self.reason is None, "a token after the end"
@@ -52,6 +54,7 @@ def make_valid(
     *,
     seed: int | None = None,
     prompt_logprobs: bool = False,
+    prompt_top_n_tokens: int = 0,
     top_n_tokens: int = 0,
     cache_salt: str = "",
 ) -> ValidRequest:
@@ -61,6 +64,7 @@ def make_valid(
         max_new_tokens=max_new_tokens,
         sampling=pb.SamplingParameters(do_sample=seed is not None, seed=seed or 0),
         prompt_logprobs=prompt_logprobs,
+        prompt_top_n_tokens=prompt_top_n_tokens,
         top_n_tokens=top_n_tokens,
         cache_salt=cache_salt,
     )
@@ -124,9 +128,9 @@ class Simulation:
 
     def _deliver(self, request: Request, generation: pb.Generation) -> None:
         if generation.prompt_logprobs:
-            start, fresh = self.scheduler.take_prompt_logprobs(request, generation)
+            start, fresh, top = self.scheduler.take_prompt_logprobs(request, generation)
             if fresh:
-                request.sink.prompt_logprobs(start, fresh)
+                request.sink.prompt_logprobs(start, fresh, top)
         for token_id, logprob in zip(generation.token_ids, generation.logprobs, strict=True):
             reason = request.sink.token(Token(token_id, logprob))
             if reason is not None:

@@ -24,7 +24,7 @@ from tgi_router.errors import (
     ValidationError,
 )
 from tgi_router.metrics import Metrics
-from tgi_router.request import FinishReason, Request, Token, ValidRequest
+from tgi_router.request import FinishReason, Request, Token, Top, ValidRequest
 
 VOCAB = 120
 POISON, BROKEN = 127, 126
@@ -99,9 +99,10 @@ async def test_a_crowd_gets_what_each_would_get_alone(batcher: Batcher, group: F
 
 
 async def test_top_tokens_and_prompt_logprobs_are_delivered(batcher: Batcher) -> None:
-    _, sink = submit(batcher, make_valid([7, 8, 9], 2, top_n_tokens=2, prompt_logprobs=True))
+    _, sink = submit(batcher, make_valid([7, 8, 9], 2, top_n_tokens=2, prompt_logprobs=True, prompt_top_n_tokens=2))
     await finished(sink)
     assert sink.logprobs == [logprob(8), logprob(9)]
+    assert sink.prompt_top == [((8, logprob(8)), (9, logprob(9))), ((9, logprob(9)), (10, logprob(10)))]
     for token in sink.tokens:
         second = (token.id + 1) % VOCAB
         assert token.top == ((token.id, logprob(token.id)), (second, logprob(second)))
@@ -269,7 +270,7 @@ async def test_an_exception_in_a_sink_fails_its_request_alone(batcher: Batcher) 
 
 async def test_a_sink_that_cannot_even_fail_hurts_nobody(batcher: Batcher) -> None:
     class Hopeless:
-        def prompt_logprobs(self, start: int, logprobs: list[float]) -> None: ...
+        def prompt_logprobs(self, start: int, logprobs: list[float], top: list[Top]) -> None: ...
 
         def token(self, token: Token) -> FinishReason | None:
             raise RuntimeError("first")

@@ -47,6 +47,7 @@ class Core(RuleBasedStateMachine):
             {
                 "seed": st.none() | st.integers(0, 3),
                 "prompt_logprobs": st.booleans(),
+                "prompt_top_n_tokens": st.integers(0, 1),
                 "cache_salt": st.sampled_from(["", "", "x"]),
             }
         ),
@@ -144,7 +145,10 @@ class Core(RuleBasedStateMachine):
             assert sink.error is None
             assert sink.ids == expected
             assert sink.reason is request.finish_reason is not None
-            assert len(sink.logprobs) == (len(valid.token_ids) - 1 if valid.prompt_logprobs else 0)
+            scored = valid.token_ids[1:] if valid.prompt_logprobs else ()
+            assert sink.logprobs == [logprob(token) for token in scored]
+            tops = [((token, logprob(token)),) for token in scored]
+            assert sink.prompt_top == (tops if valid.prompt_top_n_tokens else [])
 
 
 TestCore = Core.TestCase

@@ -205,10 +205,11 @@ async def test_too_much_unread_is_told_once(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_prompt_logprobs_that_come_in_parts_or_again_are_in_their_places() -> None:
     _, one = choice()
-    one.prompt_logprobs(1, [-1.0, -2.0])
-    one.prompt_logprobs(3, [-3.0])
-    one.prompt_logprobs(1, [-1.0, -2.0, -3.0, -4.0])
+    one.prompt_logprobs(1, [-1.0, -2.0], [((1, -1.0),), ((2, -2.0),)])
+    one.prompt_logprobs(3, [-3.0], [((3, -3.0),)])
+    one.prompt_logprobs(1, [-1.0, -2.0, -3.0, -4.0], [((i, -1.0 * i),) for i in range(1, 5)])
     assert one.prompt_logprob_values == [-1.0, -2.0, -3.0, -4.0]
+    assert one.prompt_top == [((i, -1.0 * i),) for i in range(1, 5)]
 
 
 def test_a_mean_that_is_no_number_is_the_worst() -> None:

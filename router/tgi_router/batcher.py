@@ -20,7 +20,7 @@ from tgi_proto import generate_pb2 as pb
 from .config import RouterConfig
 from .errors import Bug, IncompleteGeneration, InternalError, ShuttingDown, StartupError
 from .metrics import Metrics
-from .request import Phase, Request, Token, TokenSink, ValidRequest
+from .request import Phase, Request, Token, TokenSink, Top, ValidRequest
 from .scheduler import Limits, Outcome, Scheduler
 from .shard_client import ShardedClient, ShardsLost
 from .step_plan import StepPlan, encode
@@ -258,12 +258,12 @@ class Batcher:
     def _deliver_one(self, request: Request, generation: pb.Generation, now: float) -> None:
         valid, sink = request.valid, request.sink
         if valid.prompt_logprobs and generation.prompt_logprobs:
-            start, fresh = self._core.take_prompt_logprobs(request, generation)
+            start, fresh, alternatives = self._core.take_prompt_logprobs(request, generation)
             if fresh:
-                sink.prompt_logprobs(start, fresh)
+                sink.prompt_logprobs(start, fresh, alternatives)
         logprobs = generation.logprobs
         for index, token_id in enumerate(generation.token_ids):
-            top: tuple[tuple[int, float], ...] = ()
+            top: Top = ()
             if valid.top_n_tokens:
                 tops = generation.top_tokens[index]
                 top = tuple(zip(tops.ids, tops.logprobs, strict=True))

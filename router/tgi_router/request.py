@@ -19,6 +19,9 @@ class FinishReason(Enum):
     STOP_SEQUENCE = "stop_sequence"
 
 
+Top = tuple[tuple[int, float], ...]  # (id, log-probability) of the most likely tokens, best first
+
+
 class Token(NamedTuple):
     """One generated token. `top`: (id, logprob) by falling logprob, empty unless asked for. Logprobs are float32.
 
@@ -27,7 +30,7 @@ class Token(NamedTuple):
 
     id: int
     logprob: float
-    top: tuple[tuple[int, float], ...] = ()
+    top: Top = ()
 
 
 class ShardWork(NamedTuple):
@@ -41,8 +44,11 @@ class ShardWork(NamedTuple):
 class TokenSink(Protocol):
     """Where the batcher delivers what happens to a request. Called from the event loop; must not block or raise."""
 
-    def prompt_logprobs(self, start: int, logprobs: list[float]) -> None:
-        """Log-probabilities of prompt tokens [start, start + len); comes before the first token, possibly in parts."""
+    def prompt_logprobs(self, start: int, logprobs: list[float], top: list[Top]) -> None:
+        """Log-probabilities of prompt tokens [start, start + len); comes before the first token, possibly in parts.
+
+        top: the most likely tokens in the place of each; [] unless asked for.
+        """
 
     def token(self, token: Token) -> FinishReason | None:
         """The next token. Returns the reason when the request ends with it, else None."""
@@ -60,6 +66,7 @@ class ValidRequest:
     sampling: pb.SamplingParameters  # made from parameters.py's table; opaque here
     top_n_tokens: int = 0
     prompt_logprobs: bool = False
+    prompt_top_n_tokens: int = 0  # only with prompt_logprobs
     grammar: str = ""  # as the wire carries it; empty = any output
     cache_salt: str = ""  # requests share prefix-cache entries only within a salt (adapter, API key)
 

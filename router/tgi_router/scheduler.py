@@ -21,7 +21,7 @@ from tgi_proto import generate_pb2 as pb
 
 from .block_manager import Admit, BlockManager
 from .errors import Bug, GenerationError, ValidationError
-from .request import FinishReason, Phase, Request, ShardWork, TokenSink, ValidRequest
+from .request import FinishReason, Phase, Request, ShardWork, TokenSink, Top, ValidRequest
 from .step_plan import Admission, Scheduled, StepPlan, share_budget
 
 MAX_CRASHES = 2  # a request in flight at so many crashes is taken for their cause
@@ -319,15 +319,17 @@ class Scheduler:
             self._suspects.pop(0)  # it is not the one that kills the shards
 
     @staticmethod
-    def take_prompt_logprobs(request: Request, generation: pb.Generation) -> tuple[int, list[float]]:
-        """(position, log-probabilities) of the prompt tokens from there on that `request` has not had before.
+    def take_prompt_logprobs(request: Request, generation: pb.Generation) -> tuple[int, list[float], list[Top]]:
+        """(position, log-probabilities, alternatives) of the prompt tokens from there on that it has not had before.
 
         After a preemption or a crash in the middle of a prompt, the first of them are computed once more.
         """
         start = request.num_prompt_logprobs + 1  # the first prompt token has none
-        fresh = list(generation.prompt_logprobs[start - generation.prompt_logprobs_start :])
+        new = slice(start - generation.prompt_logprobs_start, None)
+        fresh = list(generation.prompt_logprobs[new])
         request.num_prompt_logprobs += len(fresh)
-        return start, fresh
+        top = [tuple(zip(top.ids, top.logprobs, strict=True)) for top in generation.prompt_top_tokens[new]]
+        return start, fresh, top
 
     # ---- crashes
 

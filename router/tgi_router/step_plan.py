@@ -79,6 +79,7 @@ def encode(plan: StepPlan) -> tuple[Method, bytes]:
             sampling=request.valid.sampling,
             top_n_tokens=request.valid.top_n_tokens,
             prompt_logprobs=request.wants_prompt_logprobs,
+            prompt_top_n_tokens=request.valid.prompt_top_n_tokens,
             grammar=request.valid.grammar,
         )
     return "Prefill", message.SerializeToString()

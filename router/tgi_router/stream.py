@@ -15,7 +15,7 @@ from typing import NamedTuple
 from .detokenizer import Vocabulary
 from .errors import Bug, IncompleteGeneration, IncompleteGenerationStream
 from .metrics import Metrics
-from .request import FinishReason, Request, Token
+from .request import FinishReason, Request, Token, Top
 from .stopping import StopStrings
 from .validation import Validated
 
@@ -36,7 +36,7 @@ class GeneratedToken(NamedTuple):
     text: str
     special: bool
     shown: str
-    top: tuple[tuple[int, float], ...]
+    top: Top
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +55,7 @@ class Rules:
     streaming: bool = False  # wake the reader for every token, else only at the end
     keep_stop: bool = True  # the stop string stays in the text (TGI)
     ignore_eos: bool = False
+    visible_ids: frozenset[int] = frozenset()  # special tokens that are part of the generated text all the same
 
 
 class Stream:
@@ -177,6 +178,7 @@ class Choice:
         self.request: Request | None = None  # set as soon as it was submitted
         self.tokens: list[GeneratedToken] = []  # empty when streaming
         self.prompt_logprob_values: list[float] = []  # of prompt tokens 1, 2, ...
+        self.prompt_top: list[Top] = []  # of the same, when asked for
         self.num_tokens = 0
         self.started = False  # for the route: the first event was written
         self.finish_reason: FinishReason | None = None
@@ -187,6 +189,7 @@ class Choice:
         self._metrics = shared.metrics
         self._vocabulary = shared.vocabulary
         self._special_ids = shared.vocabulary.special_ids
+        self._visible_ids = rules.visible_ids
         self._eos_token_ids = frozenset[int]() if rules.ignore_eos else shared.eos_token_ids
         self._detokenizer = shared.vocabulary.detokenizer(validated.request.token_ids)
         self._stop = StopStrings(validated.stop, keep=rules.keep_stop) if validated.stop else None
@@ -196,9 +199,10 @@ class Choice:
 
     # TokenSink
 
-    def prompt_logprobs(self, start: int, logprobs: list[float]) -> None:
+    def prompt_logprobs(self, start: int, logprobs: list[float], top: list[Top]) -> None:
         """See TokenSink."""
         self.prompt_logprob_values[start - 1 :] = logprobs  # what is computed again replaces itself
+        self.prompt_top[start - 1 :] = top
 
     def token(self, token: Token) -> FinishReason | None:
         """See TokenSink."""
@@ -207,7 +211,8 @@ class Choice:
         self.num_tokens += 1
         special = token_id in self._special_ids
         if special:
-            text, shown = self._vocabulary.text(token_id), ""
+            text = self._vocabulary.text(token_id)
+            shown = text if token_id in self._visible_ids else ""
         else:
             text = shown = self._detokenizer.add(token_id)
         stop = self._stop
