@@ -113,7 +113,14 @@ def _token(token_id: int, text: str, logprob: float, special: bool) -> pb.Token:
 
 def message_of(kind: type[Any], answer: Any) -> Any:
     """The message of `kind` that says what the struct `answer` says."""
-    return kind(**_json(answer))
+    return kind(**_said(_json(answer)))
+
+
+def _said(value: Any) -> Any:
+    """Without nulls: OpenAI's objects have fields that are always null here, which the messages have not."""
+    if isinstance(value, dict):
+        return {name: _said(item) for name, item in value.items() if item is not None}
+    return [_said(item) for item in value] if isinstance(value, list) else value
 
 
 def chat_pieces(events: bytes) -> Iterable[pb.ChatStreamResponse]:
