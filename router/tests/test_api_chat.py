@@ -37,7 +37,7 @@ async def test_a_whole_answer_has_openais_shape() -> None:
         assert answer.json["choices"] == [
             {
                 "index": 0,
-                "message": {"role": "assistant", "content": expected(api)},
+                "message": {"role": "assistant", "content": expected(api), "refusal": None},
                 "logprobs": None,
                 "finish_reason": "length",
             }
@@ -211,7 +211,7 @@ async def test_a_final_assistant_message_is_continued() -> None:
 
 
 async def test_messages_reach_the_template_with_parts_joined_and_arguments_parsed() -> None:
-    template = "{% for m in messages %}{{ m | tojson }}{% endfor %}{{ flavour }}"
+    template = "{% if tools %}{% endif %}{% for m in messages %}{{ m | tojson }}{% endfor %}{{ flavour }}"
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": [1]}'}}
     broken = {"id": "2", "type": "function", "function": {"name": "f", "arguments": "{"}}
     messages = [
@@ -220,10 +220,10 @@ async def test_messages_reach_the_template_with_parts_joined_and_arguments_parse
         {"role": "tool", "content": "r", "tool_call_id": "1"},
     ]
     rendered = (
-        '{"role": "developer", "content": "ab", "name": "n"}'
+        '{"role": "system", "content": "ab", "name": "n"}'
         '{"role": "assistant", "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": '
         '{"a": [1]}}}, {"id": "2", "type": "function", "function": {"name": "f", "arguments": "{"}}], "content": null}'
-        '{"role": "tool", "content": "r", "tool_call_id": "1"}sweet'
+        '{"role": "tool", "content": "r", "tool_call_id": "1", "name": "f"}sweet'
     )
     async with serving(model={"chat_template": template}, max_model_tokens=1000) as api:
         request = body(messages=messages, chat_template_kwargs={"flavour": "sweet"})
@@ -233,8 +233,9 @@ async def test_messages_reach_the_template_with_parts_joined_and_arguments_parse
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"tools": [{"type": "function"}]}, "`tools` are not supported yet"),
-    ({"functions": [{}]}, "`functions` are not supported"),
+    ({"tools": [{"type": "function"}]}, "`tools[0].function` must be an object"),
+    ({"functions": [{}]}, "`functions` is not supported: it was replaced by `tools`"),
+    ({"function_call": "auto"}, "`function_call` is not supported"),
     ({"response_format": {"type": "json_object"}}, "`response_format` of type 'json_object' is not supported yet"),
     ({"presence_penalty": 2.5}, "`presence_penalty` must be >= -2.0 and <= 2.0"),
     ({"min_p": 1.5}, "`min_p` must be >= 0.0 and <= 1.0"),
@@ -271,7 +272,7 @@ async def test_what_is_not_built_or_wrong_is_refused_by_name(values: dict[str, A
     "values",
     [
         {"tools": []},
-        {"tools": [{"type": "function"}], "tool_choice": "none"},
+        {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "none"},
         {"response_format": {"type": "text"}},
         {"presence_penalty": 0},
         {"logit_bias": {}},

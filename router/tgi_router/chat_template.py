@@ -3,7 +3,7 @@
 A template comes with the model, so it is untrusted code: it runs in Jinja's immutable sandbox, sees plain JSON values
 only, and is stopped when its output grows beyond any prompt or it takes too long. Sources, first found wins:
 `--tokenizer-config-path`, chat_template.jinja, chat_template.json, tokenizer_config.json (a string, or a list of named
-templates of which `default` is used, and `tool_use` when there are tools). Called by chat_requests.py on a worker thread.
+templates of which `default` is used, `tool_use` when there are tools). Called by chat_requests.py, on a worker thread.
 """
 
 import json

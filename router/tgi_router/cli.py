@@ -20,7 +20,7 @@ from aiohttp import web
 from tgi_proto import logs
 from tgi_proto.argv import from_argv
 
-from . import app, chat_template, log_context
+from . import app, chat_template, dialect, log_context
 from .batcher import Batcher
 from .chat_template import ChatTemplate
 from .config import RouterConfig
@@ -99,6 +99,7 @@ async def start(config: RouterConfig, batcher: Batcher, metrics: Metrics) -> Ser
     connecting = asyncio.create_task(batcher.start())
     try:
         tokenizer, template = await asyncio.to_thread(_load_texts, config)
+        model_dialect = dialect.find(config, template, tokenizer)
         tracing = await asyncio.to_thread(_start_tracing, config)
         await connecting
     finally:
@@ -114,7 +115,8 @@ async def start(config: RouterConfig, batcher: Batcher, metrics: Metrics) -> Ser
     )
     if not tokenizer.vocabulary.is_bytes:
         logger.info("The tokenizer's ids are not bytes: text is decoded in a window, which costs more per token")
-    server = Server(config, api_key, batcher, infer, metrics, tokenizer, template, version("text-generation-inference"))
+    release = version("text-generation-inference")
+    server = Server(config, api_key, batcher, infer, metrics, tokenizer, template, model_dialect, release)
     server.tracing = tracing
     return server
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from .reasoning import ReasoningParser
-from .tools.base import CallArguments, CallBegin, CallEnd, Event, Text, ToolParser
+from .tools.base import CallArguments, CallBegin, Event, Text, ToolParser
 
 
 class Reasoning(NamedTuple):

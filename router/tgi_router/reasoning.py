@@ -41,7 +41,7 @@ def choose(name: str, template: str) -> Marks | None:
 
 def is_open(marks: Marks, prompt: str, *, continues: bool) -> bool:
     """Whether what follows `prompt` is thoughts. continues: the prompt ends within a message of the assistant."""
-    before, opening, after = prompt.rpartition(marks.opening)
+    _, opening, after = prompt.rpartition(marks.opening)
     if not opening:
         return False
     return not after.strip() or (continues and marks.closing not in after)
@@ -81,34 +81,31 @@ class ReasoningParser:
         if self._in is _In.ANSWER:
             return Split("", text)
         self._held += text
-        if self._in is _In.START and not self._starts():
-            return Split("", self._rest() if self._in is _In.ANSWER else "")
-        reasoning = self._thoughts() if self._in is _In.THOUGHTS else ""
+        if self._in is _In.START:
+            self._in = self._started()
+        reasoning = self._thoughts() if self.thinks else ""
         if self._in is _In.GAP:
             self._held = self._held.lstrip(_SPACE)
-            if self._held:
-                self._in = _In.ANSWER
+            self._in = _In.ANSWER if self._held else _In.GAP
         return Split(reasoning, self._rest() if self._in is _In.ANSWER else "")
 
     def end(self) -> Split:
         """What was held back when the text ends."""
-        thinking, rest = self._in is _In.THOUGHTS, self._rest()
-        return Split(rest, "") if thinking else Split("", rest)
+        rest = self._rest()
+        return Split(rest, "") if self.thinks else Split("", rest)
 
     def _rest(self) -> str:
         held, self._held = self._held, ""
         return held
 
-    def _starts(self) -> bool:
-        """Whether the thoughts have begun; when it is sure that there are none, the answer has."""
+    def _started(self) -> _In:
+        """What the text begins with: thoughts, an answer, or nothing that decides it yet."""
         begun = self._held.lstrip(_SPACE)
         opening = self._marks.opening
         if begun.startswith(opening):
-            self._in, self._held = _In.THOUGHTS, begun[len(opening) :]
-            return True
-        if not opening.startswith(begun):
-            self._in = _In.ANSWER
-        return False
+            self._held = begun[len(opening) :]
+            return _In.THOUGHTS
+        return _In.START if opening.startswith(begun) else _In.ANSWER
 
     def _thoughts(self) -> str:
         """The thoughts in what is held, but white space and what may be the closing mark at its end."""

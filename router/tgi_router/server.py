@@ -12,6 +12,7 @@ from aiohttp import web
 from .batcher import Batcher
 from .chat_template import ChatTemplate
 from .config import RouterConfig
+from .dialect import Dialect
 from .infer import Deadline, Infer
 from .metrics import Metrics
 from .tokenizer import Tokenizer
@@ -34,6 +35,7 @@ class Server:
     metrics: Metrics
     tokenizer: Tokenizer
     template: ChatTemplate
+    dialect: Dialect
     version: str
     draining: bool = False
     tracing: "Tracing | None" = None

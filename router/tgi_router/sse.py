@@ -25,7 +25,7 @@ class Events(Protocol):
     terminator: bytes  # the very end, after an error too
 
     def render(self, choice: Choice, token: GeneratedToken) -> bytes:
-        """The event of one token; `token is choice.last_token` when the choice ends with it."""
+        """The events of one token, perhaps none; `token is choice.last_token` when the choice ends with it."""
 
     def last(self, choices: Sequence[Choice]) -> bytes:
         """What follows the last token's event."""
@@ -75,7 +75,8 @@ def _chunk_writer(
         if transport.is_closing() or transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
             return False
         event = render(choice, token)
-        transport.write(b"%x\r\n%b\r\n" % (len(event), event))
+        if event:  # an empty chunk would end the response
+            transport.write(b"%x\r\n%b\r\n" % (len(event), event))
         return True
 
     return write

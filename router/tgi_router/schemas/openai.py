@@ -7,12 +7,13 @@ same body. A field that is known and not built yet is refused by name (`Unbuilt`
 from typing import Annotated, Any, Literal
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 from ..errors import ValidationError
 from ..parameters import U32
 
 FinishReasonName = Literal["stop", "length"]
+ChatFinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class StreamOptions(Struct, kw_only=True):
@@ -78,6 +79,7 @@ class ChatRequest(Common, kw_only=True):
     tool_prompt: str | None = None
     parallel_tool_calls: bool | None = None
     functions: Any = None
+    function_call: Any = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     documents: list[dict[str, Any]] | None = None
@@ -112,6 +114,7 @@ class ChatLogprob(Struct):
 
 class ChatLogprobs(Struct):
     content: list[ChatLogprob]
+    refusal: None = None
 
 
 class CompletionLogprobs(Struct):
@@ -125,23 +128,46 @@ class PromptTokensDetails(Struct):
     cached_tokens: int
 
 
+class CompletionTokensDetails(Struct):
+    reasoning_tokens: int
+
+
 class Usage(Struct):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails | UnsetType = UNSET  # of reasoning models
 
 
-class Message(Struct):
-    role: str
-    content: str
+class CalledFunction(Struct):
+    """arguments: JSON text, as the model wrote it."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(Struct, kw_only=True):
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class Message(Struct, kw_only=True):
+    """content: null when the message only calls tools. A field that does not apply is left out."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str | None
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[ToolCall] | UnsetType = UNSET
+    refusal: None = None
 
 
 class ChatChoice(Struct):
     index: int
     message: Message
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReasonName
+    finish_reason: ChatFinishReason
 
 
 class ChatCompletion(Struct):

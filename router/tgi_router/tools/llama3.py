@@ -1,4 +1,7 @@
-"""Llama 3: a message is `{"name": ..., "parameters": {...}}`; `<|python_tag|>` may stand before it, `;` between calls."""
+"""Llama 3: a message is `{"name": ..., "parameters": {...}}`, calls are separated by `;`.
+
+`<|python_tag|>` may stand before a call, and then free text before that.
+"""
 
 from collections.abc import Callable, Sequence
 
