@@ -190,7 +190,6 @@ class Choice:
         self._vocabulary = shared.vocabulary
         self._special_ids = shared.vocabulary.special_ids
         self._visible_ids = rules.visible_ids
-        self._visible_ids = rules.visible_ids
         self._eos_token_ids = frozenset[int]() if rules.ignore_eos else shared.eos_token_ids
         self._detokenizer = shared.vocabulary.detokenizer(validated.request.token_ids)
         self._stop = StopStrings(validated.stop, keep=rules.keep_stop) if validated.stop else None
