@@ -1,7 +1,7 @@
 """The aiohttp application: route tables, and what holds for every request whatever its route.
 
 That is: CORS, the request's id, deadline and trace, authentication, refusal while draining, and turning exceptions into
-responses. A new route is a file in routes/ and a line in `build`. Called by cli.py and by tests.
+responses. A new route is a file in routes/ and its name in `route_table`. Called by cli.py and by tests.
 """
 
 import asyncio
@@ -15,9 +15,10 @@ from aiohttp import web
 
 from . import log_context, page
 from .bodies import IGNORED_PARAMS, error_response
+from .config import RouterConfig
 from .errors import ApiError, PayloadTooLarge, ShuttingDown, Unauthorized, ValidationError, presentable
 from .infer import Deadline
-from .routes import chat, completions, generate, info
+from .routes import chat, completions, docs, generate, info, kserve, sagemaker, tokenize, vertex
 from .server import DEADLINE, REQUEST_ID, SERVER, TRACE, Server, request_id
 
 logger = logging.getLogger(__name__)
@@ -35,10 +36,24 @@ def build(server: Server) -> web.Application:
     app = web.Application(client_max_size=server.config.payload_limit + 1, middlewares=[_around_every_request])
     app[SERVER] = server
     app[page.PAGE] = page.load()
-    for module in (generate, chat, completions, info):
-        app.add_routes(module.routes)
+    app[docs.ROUTES] = routes = route_table(server.config)
+    app[docs.DOCUMENTS] = {}
+    app.add_routes(routes)
     app.on_response_prepare.append(_add_common_headers)
     return app
+
+
+def route_table(config: RouterConfig) -> list[web.RouteDef]:
+    """Every route, in the order of the served document."""
+    modules = (generate, chat, completions, tokenize, info, sagemaker, vertex, kserve, docs)
+    table = [route for module in modules for route in module.routes if isinstance(route, web.RouteDef)]
+    asked = ((config.aip_predict_route, web.post, vertex.vertex), (config.aip_health_route, web.get, info.health))
+    for path, method, handler in asked:
+        if path is not None:
+            route = method(path, handler)
+            if not any((route.method, path) == (there.method, there.path) for there in table):
+                table.append(route)
+    return table
 
 
 def build_metrics(server: Server) -> web.Application:

@@ -22,6 +22,8 @@ from .errors import (
     WrongShape,
 )
 from .infer import Call, Timings
+from .schemas.errors import OpenAIError, OpenAIErrorResponse
+from .schemas.tgi import ErrorResponse
 from .server import DEADLINE, REQUEST_ID, SERVER, TRACE
 from .stream import Choice
 from .unknown_fields import header_value, known, unknown
@@ -37,6 +39,8 @@ _encode = msgspec.json.encode
 
 # Names of the body's fields that were ignored, as the header `x-ignored-params` tells them; see app.py.
 IGNORED_PARAMS: web.RequestKey[str] = web.RequestKey("ignored_params", str)
+# Set by routes that take both APIs, or TGI's under a path like OpenAI's.
+SPEAKS_OPENAI: web.RequestKey[bool] = web.RequestKey("speaks_openai", bool)
 
 
 async def read(request: web.Request, limit: int) -> bytes:
@@ -112,24 +116,18 @@ def json_response(answer: Any, headers: dict[str, str] | None = None) -> web.Res
 
 
 def is_openai(request: web.Request) -> bool:
-    """Whether the client speaks OpenAI's API rather than TGI's."""
-    return request.path.startswith("/v1/")
+    """Whether the client speaks OpenAI's API rather than TGI's: by its path, unless a route found out otherwise."""
+    return bool(request.get(SPEAKS_OPENAI, request.path.startswith("/v1/")))
 
 
-def error_object(error: ApiError, *, openai: bool) -> dict[str, Any]:
+def error_object(error: ApiError, *, openai: bool) -> ErrorResponse | OpenAIErrorResponse:
     """The JSON of `error`."""
     if not openai:
-        return {"error": error.message, "error_type": error.error_type}
-    return {
-        "error": {
-            "message": error.message,
-            "type": error.openai_type,
-            "param": error.param,
-            "code": error.code,
-            "http_status_code": http_status(error, openai=True),
-        },
-        "error_type": error.error_type,
-    }
+        return ErrorResponse(error.message, error.error_type)
+    status = http_status(error, openai=True)
+    return OpenAIErrorResponse(
+        OpenAIError(error.message, error.openai_type, error.param, error.code, status), error.error_type
+    )
 
 
 def http_status(error: ApiError, *, openai: bool) -> int:

@@ -132,6 +132,8 @@ class UnknownFields(ApiError):
 
 
 class UnsupportedMediaType(ApiError):
+    """The body is not announced as JSON."""
+
     status = 415
     error_type = "validation"
     openai_type = "invalid_request_error"
@@ -141,6 +143,8 @@ class UnsupportedMediaType(ApiError):
 
 
 class PayloadTooLarge(ApiError):
+    """The body is larger than `--payload-limit`."""
+
     status = 413
     error_type = "validation"
     openai_type = "invalid_request_error"
@@ -174,6 +178,8 @@ class DeadlineExceeded(ApiError):
 
 
 class Unauthorized(ApiError):
+    """`--api-key` is set and the request has another one, or none."""
+
     status = 401
     error_type = "authentication"
     openai_code = "invalid_api_key"
@@ -226,6 +232,43 @@ class IncompleteGenerationStream(ApiError):
 
     def __init__(self) -> None:
         super().__init__("Incomplete generation stream")
+
+
+class IncompletePrediction(ApiError):
+    """A generation failed; Vertex AI's and KServe's routes do not say why, as in TGI. The log does."""
+
+    status = 500
+    error_type = "Incomplete generation"
+
+    def __init__(self) -> None:
+        super().__init__("Incomplete generation")
+
+
+class NoInstances(ApiError):
+    """`instances` of a Vertex AI request is empty; TGI's own sentence and type."""
+
+    status = 422
+    error_type = "Input validation error"
+
+    def __init__(self) -> None:
+        super().__init__("Input validation error", param="instances")
+
+
+class LengthMismatch(ApiError):
+    """A KServe request has not as many outputs as inputs; TGI's own sentence and type."""
+
+    status = 422
+    error_type = "length mismatch"
+
+    def __init__(self) -> None:
+        super().__init__("Inputs and outputs length mismatch", param="outputs")
+
+
+class NotUtf8(ApiError):
+    """The data of a KServe input is no text."""
+
+    status = 422
+    error_type = "utf8"
 
 
 class Unhealthy(ApiError):

@@ -11,7 +11,8 @@ from ..bodies import json_response, timing_headers
 from ..errors import BatchSizeExceeded, SuffixNotSupported, ValidationError, WrongShape
 from ..openai_answers import Identity, check_at_most, completion_logprobs, finish_reason, usage
 from ..openai_requests import understand
-from ..parameters import GenerateParameters, from_openai
+from ..openapi import describe
+from ..parameters import GenerateParameters, OpenAISampling, from_openai
 from ..schemas import openai
 from ..server import Server
 from ..stream import Choice, GeneratedToken
@@ -19,14 +20,23 @@ from ..validation import Prompt
 
 routes = web.RouteTableDef()
 
-_decoder = msgspec.json.Decoder(openai.CompletionRequest)
+decoder = msgspec.json.Decoder(openai.CompletionRequest)
 _encode = msgspec.json.encode
 
 
 @routes.post("/v1/completions")
+@describe(
+    "OpenAI",
+    body=[(openai.CompletionRequest, OpenAISampling)],
+    answer=[openai.Completion],
+    events=[Any],
+    generates=True,
+    fails=[SuffixNotSupported, BatchSizeExceeded],
+    example={"prompt": "def fibonacci(n):", "max_tokens": 20, "temperature": 0},
+)
 async def completions(request: web.Request) -> web.StreamResponse:
-    """What follows one or several prompts."""
-    asked = await understand(request, _decoder, _prompts)
+    """Continue one or several prompts, streamed when `stream` is true."""
+    asked = await understand(request, decoder, _prompts)
     server, body, call = asked.server, asked.body, asked.call
     wanted = body.n or 1
     copies = max(wanted, body.best_of or 1)

@@ -8,6 +8,7 @@ from aiohttp import web
 from .. import sse
 from ..bodies import begin, json_response, parse, timing_headers
 from ..float32 import raw, shortest
+from ..openapi import describe
 from ..parameters import GenerateParameters
 from ..schemas import tgi
 from ..server import SERVER, Server
@@ -17,45 +18,63 @@ from ..validation import Prompt
 routes = web.RouteTableDef()
 
 _generate_decoder = msgspec.json.Decoder(tgi.GenerateRequest)
-_compat_decoder = msgspec.json.Decoder(tgi.CompatGenerateRequest)
+compat_decoder = msgspec.json.Decoder(tgi.CompatGenerateRequest)
 _encode = msgspec.json.encode
+_TAG = "Text Generation Inference"
+_EXAMPLE = {"inputs": "def fibonacci(n):", "parameters": {"max_new_tokens": 20}}
 
 
 @routes.post("/generate")
+@describe(_TAG, body=[tgi.GenerateRequest], answer=[tgi.GenerateResponse], generates=True, example=_EXAMPLE)
 async def generate(request: web.Request) -> web.StreamResponse:
-    """One answer when everything is generated."""
+    """Generate tokens and answer when all are there."""
     server = request.app[SERVER]
     body = await parse(request, _generate_decoder)
-    answer, headers = await _generate(request, server, body.inputs, body.given_parameters())
+    answer, headers = await generate_whole(request, server, body.inputs, body.given_parameters())
     return json_response(answer, headers)
 
 
 @routes.post("/generate_stream")
+@describe(_TAG, body=[tgi.GenerateRequest], events=[tgi.StreamResponse], generates=True, example=_EXAMPLE)
 async def generate_stream(request: web.Request) -> web.StreamResponse:
-    """One event per token."""
+    """Generate a stream of tokens, each a server-sent event.
+
+    The status is 200 once the body was understood; a later error is an event with the error's object.
+    """
     server = request.app[SERVER]
     body = await parse(request, _generate_decoder)
     return await _generate_stream(request, server, body.inputs, body.given_parameters())
 
 
 @routes.post("/")
+@describe(
+    _TAG,
+    body=[tgi.CompatGenerateRequest],
+    answer=[list[tgi.GenerateResponse]],
+    events=[tgi.StreamResponse],
+    generates=True,
+    example=_EXAMPLE,
+)
 async def compat_generate(request: web.Request) -> web.StreamResponse:
-    """Either; the whole prompt is returned too when the model is one for text generation, or of an unknown kind."""
+    """Generate tokens, streamed when `stream` is true.
+
+    The whole prompt is returned too when the model is one for text generation, or of an unknown kind.
+    """
     server = request.app[SERVER]
-    body = await parse(request, _compat_decoder)
+    body = await parse(request, compat_decoder)
     parameters = body.given_parameters()
     if parameters.return_full_text is None:
         parameters.return_full_text = server.config.model_pipeline_tag in (None, "text-generation")
     if body.stream:
         return await _generate_stream(request, server, body.inputs, parameters)
-    answer, headers = await _generate(request, server, body.inputs, parameters)
+    answer, headers = await generate_whole(request, server, body.inputs, parameters)
     return json_response([answer], headers)
 
 
-async def _generate(
+async def generate_whole(
     request: web.Request, server: Server, inputs: str, parameters: GenerateParameters
 ) -> tuple[tgi.GenerateResponse, dict[str, str]]:
-    """The answer and its headers."""
+    """The answer and its headers. Raises ApiError. Other routes that generate in TGI's way end here, too."""
     call = begin(request)
     server.metrics.request_count.inc()
     copies = parameters.best_of or 1

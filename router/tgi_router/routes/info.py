@@ -1,22 +1,24 @@
-"""What the server says about itself and its tokenizer: /, /health, /ping, /info, /metrics, /v1/models, /tokenize."""
+"""What the server says about itself: /, /health, /ping, /info, /metrics, /v1/models."""
 
-import msgspec
 from aiohttp import web
 
 from .. import page
-from ..bodies import JSON, json_response, parse
+from ..bodies import json_response
 from ..errors import Unhealthy
 from ..metrics import CONTENT_TYPE
+from ..openapi import describe
 from ..schemas import tgi
+from ..schemas.models import Model, ModelList
 from ..server import ROUTER_NAME, SERVER, Server
 
 routes = web.RouteTableDef()
 
-_generate_decoder = msgspec.json.Decoder(tgi.GenerateRequest)
+_TAG = "Server"
 
 
 @routes.get("/")
-async def root(request: web.Request) -> web.Response:
+@describe(_TAG, fails=[Unhealthy])
+async def root(request: web.Request) -> web.StreamResponse:
     """The page for a browser; for everyone else, as in TGI, the health. Its status is the health's in either case."""
     if not page.wants_page(request.headers.get("accept", "")):
         return await health(request)
@@ -25,6 +27,7 @@ async def root(request: web.Request) -> web.Response:
 
 @routes.get("/health")
 @routes.get("/ping")
+@describe(_TAG, fails=[Unhealthy])
 async def health(request: web.Request) -> web.Response:
     """200 without a body while the server can serve, else 503."""
     if not request.app[SERVER].healthy:
@@ -33,6 +36,7 @@ async def health(request: web.Request) -> web.Response:
 
 
 @routes.get("/info")
+@describe(_TAG, answer=[tgi.Info])
 async def info(request: web.Request) -> web.Response:
     """The model and the limits."""
     return json_response(facts(request.app[SERVER]))
@@ -60,27 +64,15 @@ def facts(server: Server) -> tgi.Info:
 
 
 @routes.get("/metrics")
+@describe(_TAG, answer=[str], media_type="text/plain")
 async def metrics(request: web.Request) -> web.Response:
     """Prometheus text."""
     return web.Response(body=request.app[SERVER].metrics.exposition().encode(), headers={"content-type": CONTENT_TYPE})
 
 
 @routes.get("/v1/models")
+@describe("OpenAI", answer=[ModelList])
 async def models(request: web.Request) -> web.Response:
     """The one model, in OpenAI's shape."""
     model_id = request.app[SERVER].config.model_id
-    data = [{"id": model_id, "object": "model", "created": 0, "owned_by": model_id}]
-    return json_response({"object": "list", "data": data})
-
-
-@routes.post("/tokenize")
-async def tokenize(request: web.Request) -> web.Response:
-    """The prompt's tokens with their places; like TGI, no permit is needed and `truncate` plays no part."""
-    server = request.app[SERVER]
-    body = await parse(request, _generate_decoder)
-
-    def work() -> bytes:  # all of it on a worker thread: a long text makes millions of objects
-        tokens = server.tokenizer.tokens(body.inputs, add_special_tokens=True)
-        return msgspec.json.encode([tgi.SimpleToken(token.id, token.text, token.start, token.stop) for token in tokens])
-
-    return web.Response(body=await server.tokenizer.run(work), content_type=JSON)
+    return json_response(ModelList("list", [Model(model_id, "model", 0, model_id)]))

@@ -97,6 +97,13 @@ class SimpleToken(Struct):
     stop: int
 
 
+class ChatTokenizeResponse(Struct):
+    """Body of /chat_tokenize. templated_text: what the model would be given."""
+
+    tokenize_response: list[SimpleToken]
+    templated_text: str
+
+
 class Info(Struct):
     """Body of GET /info."""
 
