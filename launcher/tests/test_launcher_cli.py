@@ -72,7 +72,10 @@ ROWS: list[tuple[str, Any, str, Any]] = [
     ("aip-http-port", None, "7", 7),
     ("model-id", None, "gpt2", "gpt2"),  # TGI's default is bloom-560m; ours is the embedded demo model
 ]
-OURS = ("num-threads", "step-deadline", "stall-timeout", "restart-budget", "strict-params", "open-path")
+OURS = (
+    *("num-threads", "step-deadline", "stall-timeout", "restart-budget", "strict-params", "open-path"),
+    *("tool-call-parser", "reasoning-parser"),
+)
 
 
 def parse(*argv: str, **environ: str) -> Flags:

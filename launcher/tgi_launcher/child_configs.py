@@ -104,6 +104,8 @@ def router_config(decisions: Decisions) -> RouterConfig:
         model_id=source.id,
         model_sha=source.sha,
         tokenizer_config_path=flags.tokenizer_config_path,
+        tool_call_parser=flags.tool_call_parser,
+        reasoning_parser=flags.reasoning_parser,
         master_shard_uds_path=f"{flags.shard_uds_path}-0",
         hostname=decisions.hostname,
         port=flags.listen_port,

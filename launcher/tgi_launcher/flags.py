@@ -96,6 +96,12 @@ class Flags:
     )
     rope_factor: float | None = _flag(_MODEL, "Factor of the rope scaling; alone it means linear.", Kind.F32)
     tokenizer_config_path: str | None = _flag(_MODEL, "File that replaces tokenizer_config.json (chat template).")
+    tool_call_parser: str = _flag(
+        _MODEL, "Format of the model's tool calls; auto: found out from its chat template.", default="auto"
+    )
+    reasoning_parser: str = _flag(
+        _MODEL, "Marks around the model's thoughts; auto: found out; none: not separated.", default="auto"
+    )
     huggingface_hub_cache: str | None = _flag(_MODEL, "Cache directory of the Hub.")
     weights_cache_override: str | None = _flag(_MODEL, "Directory with the weight files, used instead of the cache.")
     watermark_gamma: float | None = _flag(_MODEL, "Share of the watermark's green list; 0.5 when unset.", Kind.F32)
