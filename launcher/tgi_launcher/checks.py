@@ -27,7 +27,7 @@ _HINTS = {
 _POSITIVE = (
     *("validation_workers", "max_batch_size", "max_total_tokens", "max_input_tokens", "max_input_length"),
     *("max_batch_prefill_tokens", "max_concurrent_requests", "max_client_batch_size", "max_best_of"),
-    *("payload_limit", "num_threads", "step_deadline", "stall_timeout"),
+    *("payload_limit", "num_threads", "step_deadline", "stall_timeout", "grpc_port"),
 )
 # Variables that TGI's processes read beside the flags, and why they change nothing here.
 _ENVIRONMENT_HINTS = {
@@ -64,6 +64,7 @@ def check_flags(flags: Flags, environ: Mapping[str, str]) -> list[str]:
     refuse_unbuilt(flags)
     _check_limits(flags)
     _check_ranges(flags)
+    _check_grpc(flags)
     notices = [f"`{name}` has no effect: {why}" for name, why in _HINTS.items() if flags.given(name)]
     notices += [f"`{name}` has no effect: {why}" for name, why in _ENVIRONMENT_HINTS.items() if name in environ]
     if flags.trust_remote_code:
@@ -119,6 +120,21 @@ def _check_ranges(flags: Flags) -> None:
             raise ArgumentValidation(f"`{name}` must be a path that begins with '/'. Given: '{route}'")
     if flags.rope_factor is not None and flags.rope_factor <= 0:
         raise ArgumentValidation(f"`rope_factor` must be > 0. Given: {flags.rope_factor}")
+
+
+def _check_grpc(flags: Flags) -> None:
+    taken = {"port": flags.listen_port}
+    if flags.given("prometheus_port"):
+        taken["prometheus_port"] = flags.prometheus_port
+    for name, port in taken.items():
+        if flags.grpc_port == port:
+            raise ArgumentValidation(f"`grpc_port` and `{name}` are both {port}: choose another with --grpc-port")
+    for name, other in (("grpc_tls_cert", "grpc_tls_key"), ("grpc_tls_key", "grpc_tls_cert")):
+        if getattr(flags, name) is None:
+            continue
+        for needed in (other, "grpc_port"):
+            if getattr(flags, needed) is None:
+                raise ArgumentValidation(f"`{name}` needs `{needed}`: give --{needed.replace('_', '-')} too")
 
 
 def resolve_hostname(flags: Flags) -> tuple[str, str, str | None]:

@@ -153,6 +153,9 @@ class Flags:
     prometheus_port: int = _flag(
         _HTTP, "Port for metrics alone, when given; /metrics is always on the main port too.", Kind.U16, 9000
     )
+    grpc_port: int | None = _flag(_HTTP, "Port of the gRPC service. Unset: there is none.", Kind.U16)
+    grpc_tls_cert: str | None = _flag(_HTTP, "PEM file with the gRPC service's certificate chain. Unset: no TLS.")
+    grpc_tls_key: str | None = _flag(_HTTP, "PEM file with the private key of --grpc-tls-cert.")
     api_key: str | None = _flag(_HTTP, "Key that clients must send as a bearer token.", secret=True)
     open_path: tuple[str, ...] = _flag(
         _HTTP, "Path whose GET needs no API key, such as /metrics; repeat for more.", Kind.REPEATED, ()

@@ -22,9 +22,10 @@ _MAX_SOCKET_PATH = 107  # sockaddr_un holds 108 bytes with the final zero
 
 def check_files(flags: Flags) -> None:
     """Raises ArgumentValidation when a file that was named is not there."""
-    path = flags.tokenizer_config_path
-    if path is not None and not Path(path).is_file():
-        raise ArgumentValidation(f"`tokenizer_config_path` is '{path}', but there is no such file")
+    for name in ("tokenizer_config_path", "grpc_tls_cert", "grpc_tls_key"):
+        path = getattr(flags, name)
+        if path is not None and not Path(path).is_file():
+            raise ArgumentValidation(f"`{name}` is '{path}', but there is no such file")
 
 
 def check_ports(flags: Flags) -> None:
@@ -33,6 +34,8 @@ def check_ports(flags: Flags) -> None:
     ports = {"port": flags.listen_port}
     if flags.given("prometheus_port") and flags.prometheus_port != flags.listen_port:
         ports["prometheus_port"] = flags.prometheus_port
+    if flags.grpc_port is not None:
+        ports["grpc_port"] = flags.grpc_port
     for name, port in ports.items():
         objection = port_objection(host, port)
         if objection is not None:
