@@ -2,6 +2,7 @@
 
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
+from typing import Any
 
 import msgspec
 from aiohttp import web
@@ -10,7 +11,10 @@ from .. import sse
 from ..bodies import json_response, timing_headers
 from ..chat_answers import Answer
 from ..chat_requests import prompts, reading
+from ..errors import TemplateError, ToolError
 from ..openai_requests import Understood, understand
+from ..openapi import describe
+from ..parameters import OpenAISampling
 from ..schemas import openai
 from ..stream import Stream
 
@@ -22,6 +26,15 @@ decoder = msgspec.json.Decoder(openai.ChatRequest)
 
 
 @routes.post("/v1/chat/completions")
+@describe(
+    "OpenAI",
+    body=[(openai.ChatRequest, OpenAISampling)],
+    answer=[openai.ChatCompletion],
+    events=[Any],
+    generates=True,
+    fails=[TemplateError, ToolError],
+    example={"messages": [{"role": "user", "content": "What does os.path.join do?"}], "max_tokens": 40},
+)
 async def chat_completions(request: web.Request) -> web.StreamResponse:
     """Give the assistant's next message, streamed when `stream` is true."""
     asked = await understand(request, decoder, prompts)
