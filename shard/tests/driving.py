@@ -95,6 +95,7 @@ class Live:
     top_n: int = 0
     prompt_logprobs_wanted: bool = False
     prompt_top_n: int = 0
+    grammar: str = ""
     generated: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
     top: list[list[int]] = dataclasses.field(default_factory=list)
@@ -205,6 +206,7 @@ class Driver:
             top_n_tokens=live.top_n,
             prompt_logprobs=live.prompt_logprobs_wanted,
             prompt_top_n_tokens=live.prompt_top_n,
+            grammar=live.grammar,
         )
 
 
@@ -246,7 +248,8 @@ class ShardGroup:
         responses = [call.result() for call in calls]
         assert len({response.digest for response in responses}) == 1
         assert all(not response.generations for response in responses[1:])
-        assert all(response.errors == responses[0].errors for response in responses)
+        failed = [[error.request_id for error in response.errors] for response in responses]
+        assert failed == failed[:1] * len(failed)
         return responses[0]
 
 

@@ -106,6 +106,9 @@ class Engine:
             for i, row in enumerate(batch.sampling_rows):
                 if self._faults.hit("row.logits", self._rows.prompt_tokens(row, 0, row.num_tokens).tolist()):
                     logits[i] = torch.nan
+        if batch.grammars and self._rows.grammars is not None:
+            places, matchings = zip(*batch.grammars, strict=True)
+            self._rows.grammars.apply(logits, places, matchings)
         return self._sampler(logits, batch.sampling)
 
     def _prompt_logprobs(self, batch: StepBatch, hidden: Tensor) -> dict[int, PromptLogprobs]:
@@ -152,13 +155,15 @@ class Engine:
         response.digest = zlib.crc32(digest[finite].tobytes())
         failed = [row.request_id for row, ok in zip(batch.sampling_rows, finite.tolist(), strict=True) if not ok]
         failed += [key for key, part in prompts.items() if not np.isfinite(part.values).all() and key not in failed]
+        stuck = {batch.sampling_rows[place].request_id: matching.error for place, matching in batch.grammars}
         for request_id in failed:
-            message = "the model's logits are not finite numbers; the request cannot go on"
+            message = stuck.get(request_id) or "the model's logits are not finite numbers; the request cannot go on"
             response.errors.append(self._rows.drop(request_id, message, response.step))
         if self._rank != 0:
             return
         dropped = frozenset(failed)
         id_list, value_list = ids.tolist(), values.tolist()
+        self._advance(batch, id_list, dropped)
         for row in batch.rows:
             place, prompt = places.get(row.request_id), prompts.get(row.request_id)
             if (place is None and prompt is None) or row.request_id in dropped:
@@ -174,6 +179,12 @@ class Engine:
                 generation.prompt_logprobs.extend(prompt.values)
                 generation.prompt_logprobs_start = prompt.start
                 generation.prompt_top_tokens.extend(map(_top_tokens, prompt.top))
+
+    def _advance(self, batch: StepBatch, token_ids: list[int], dropped: frozenset[int]) -> None:
+        """Sends the grammars on with their rows' new tokens: the next masks are computed while the next step runs."""
+        for place, matching in batch.grammars:
+            if self._rows.grammars is not None and batch.sampling_rows[place].request_id not in dropped:
+                self._rows.grammars.advance(matching, token_ids[place])
 
 
 def _top_tokens(top: logprobs.TopTokens) -> pb.TopTokens:

@@ -73,6 +73,12 @@ class Parallel:
             self._distributed.all_reduce(x)
         return x
 
+    def broadcast(self, x: Tensor) -> Tensor:
+        """Rank 0's x, in place; returns x."""
+        if self._distributed is not None:
+            self._distributed.broadcast(x, src=0)
+        return x
+
     def all_gather(self, x: Tensor) -> Tensor:
         """`[..., n]` of every rank → `[..., world_size * n]` in rank order."""
         if self._distributed is None:

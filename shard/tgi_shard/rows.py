@@ -21,6 +21,8 @@ from torch import Tensor
 from .attention.base import AttentionBatch
 from .errors import Bug, RowProblem
 from .faults import Faults
+from .grammar.masks import GrammarMasks
+from .grammar.matching import Matching
 from .sampling.bias import BiasTable
 from .sampling.parameters import RECORD, SamplingParameters
 from .sampling.sampler import SamplingBatch
@@ -58,6 +60,7 @@ class Row:
     blocks: list[int]
     prompt_logprobs: bool
     prompt_top_n: int  # most likely alternatives reported with each
+    matching: Matching | None = None  # what its grammar allows
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +73,7 @@ class StepBatch:
     positions: Tensor  # [T] int64
     attention: AttentionBatch
     sampling_rows: list[Row]  # [N]
+    grammars: list[tuple[int, Matching]]  # of the sampling rows that have one: place among them
     last_tokens: Tensor  # [N] int64, index of each sampling row's last token in the step
     sampling: SamplingBatch
 
@@ -77,8 +81,13 @@ class StepBatch:
 class RowTable:
     """Rows 0 .. max_rows-1. Not thread-safe: the engine thread's."""
 
-    def __init__(self, limits: RowLimits, device: torch.device, faults: Faults) -> None:
+    def __init__(
+        self, limits: RowLimits, device: torch.device, faults: Faults, grammars: GrammarMasks | None = None
+    ) -> None:
+        """grammars: None = a row that has one fails."""
         self._limits = limits
+        self.grammars = grammars
+        self._num_matchings = 0
         self._device = device
         self._faults = faults
         # Untouched pages of an uninitialised tensor cost no memory on the CPU.
@@ -179,6 +188,7 @@ class RowTable:
             positions=tensors[1],
             attention=attention,
             sampling_rows=sampling_rows,
+            grammars=self._matchings(sampling_rows),
             last_tokens=tensors[3],
             sampling=SamplingBatch(
                 params=self._sampling[index[sampling]],
@@ -226,6 +236,7 @@ class RowTable:
         row = self._rows.pop(request_id, None)
         if row is not None:  # a row that failed is gone already
             self._free.append(row.index)
+            self._num_matchings -= row.matching is not None
 
     def _admit(self, admission: pb.Admission) -> None:
         request_id = admission.request_id
@@ -255,8 +266,21 @@ class RowTable:
             self._bias.set(row.index, parameters)
         (device_tokens,) = upload([tokens], self._device)
         self._tokens[row.index, : len(tokens)] = device_tokens
+        if admission.grammar:
+            row.matching = self._begin_grammar(admission)
+            self._num_matchings += 1
         self._free.pop()
         self._rows[request_id] = row
+
+    def _begin_grammar(self, admission: pb.Admission) -> Matching:
+        if self.grammars is None:
+            raise RowProblem("this shard follows no grammars")
+        return self.grammars.begin(admission.grammar, admission.token_ids[admission.num_prompt_tokens :])
+
+    def _matchings(self, rows: list[Row]) -> list[tuple[int, Matching]]:
+        if not self._num_matchings:  # most steps: then the rows are not even looked at
+            return []
+        return [(i, row.matching) for i, row in enumerate(rows) if row.matching is not None]
 
     def _check_admission(self, admission: pb.Admission, tokens: Ints) -> None:
         limits, count = self._limits, len(tokens)

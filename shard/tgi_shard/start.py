@@ -8,18 +8,21 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from tgi_proto import generate_pb2 as pb
 from tgi_proto import logs
+from tgi_proto.grammar import load_tokenizer
 
 from . import warmup
 from .config import ShardConfig
 from .engine import Engine
 from .errors import StartError
 from .faults import Faults
+from .grammar.masks import GrammarMasks
 from .host import usable_cores
 from .kv_cache import KvGeometry
 from .models import load_model
@@ -65,7 +68,10 @@ def prepare(config: ShardConfig, logger: logging.Logger) -> tuple[Engine, pb.Inf
     step_bytes = warmup.measure(model, shape, config.rank)
     free = warmup.free_memory(device, config.world_size)
     num_blocks = parallel.min_int(warmup.pool_blocks(config, shape, free, step_bytes))
-    engine = warmup.build_engine(model, shape, num_blocks, faults, config.rank)
+    ends = eos_token_ids(Path(config.model_dir), hf_config)
+    load = partial(load_tokenizer, Path(config.model_dir), model.vocab_size, ends)
+    grammars = GrammarMasks(load, model.vocab_size, parallel)
+    engine = warmup.build_engine(model, shape, num_blocks, faults, config.rank, grammars)
     info = pb.InfoResponse(
         model_type=hf_config["model_type"],
         dtype=config_name(dtype),
@@ -78,7 +84,7 @@ def prepare(config: ShardConfig, logger: logging.Logger) -> tuple[Engine, pb.Inf
         max_rows=config.max_rows,
         max_step_tokens=config.max_step_tokens,
         max_steps_in_flight=config.max_steps_in_flight,
-        eos_token_ids=eos_token_ids(Path(config.model_dir), hf_config),
+        eos_token_ids=ends,
         rank=config.rank,
         world_size=config.world_size,
         pid=os.getpid(),

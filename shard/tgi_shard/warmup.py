@@ -15,6 +15,7 @@ from .config import ShardConfig
 from .engine import Engine, Model
 from .errors import Bug, StartError
 from .faults import Faults
+from .grammar.masks import GrammarMasks
 from .host import available_memory
 from .kv_cache import KvCache, KvGeometry
 from .rows import RowLimits, RowTable
@@ -49,8 +50,10 @@ class Shape:
         return -(-num_tokens // self.geometry.block_size)
 
 
-def build_engine(model: Model, shape: Shape, num_blocks: int, faults: Faults, rank: int) -> Engine:
-    """An engine with a pool of `num_blocks`."""
+def build_engine(
+    model: Model, shape: Shape, num_blocks: int, faults: Faults, rank: int, grammars: GrammarMasks | None = None
+) -> Engine:
+    """An engine with a pool of `num_blocks`. grammars: None = rows that have one fail."""
     limits = RowLimits(
         max_rows=shape.max_rows,
         max_tokens=min(shape.max_total_tokens, num_blocks * shape.geometry.block_size),
@@ -60,7 +63,7 @@ def build_engine(model: Model, shape: Shape, num_blocks: int, faults: Faults, ra
         vocab_size=shape.vocab_size,
     )
     watermark = Watermark(shape.vocab_size, shape.watermark_gamma, shape.watermark_delta)
-    rows = RowTable(limits, shape.device, faults)
+    rows = RowTable(limits, shape.device, faults, grammars)
     kv = KvCache(shape.geometry, num_blocks, shape.device)
     return Engine(model, kv, rows, Sampler(shape.vocab_size, watermark), faults, rank)
 

@@ -1,0 +1,1 @@
+"""Which tokens a row's grammar allows next. The matchers are llguidance's; see tgi_proto/grammar.py."""
