@@ -26,15 +26,15 @@ class Prompt:
 
     text: the prompt, or a function that makes it (a chat template), which runs on a worker thread together with the
     tokenizer. ids: tokens the client gave instead of a text.
-    grammar: what the output must spell, when the route decides that (`response_format`, tools); else
-    `parameters.grammar` does.
+    grammar: what the output must spell, when the route decides that (`response_format`, tools), perhaps by the prompt's
+    text (which may begin the output's thoughts); else `parameters.grammar` does.
     """
 
     text: str | Callable[[], str]
     parameters: GenerateParameters
     add_special_tokens: bool = True
     ids: tuple[int, ...] | None = None
-    grammar: Grammar | None = None
+    grammar: Grammar | Callable[[str], Grammar | None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ class Validator:
         if not ids:
             raise ValidationError("`inputs` must have at least one token. Given: 0", param="inputs")
         max_new_tokens = self._max_new_tokens(parameters, len(ids))
-        grammar = await self._compiled(prompt)
+        grammar = await self._compiled(prompt, text)
         samples = parameters.samples
         first_seed = 0
         if samples:
@@ -95,9 +95,9 @@ class Validator:
             for seed in seeds
         ]
 
-    async def _compiled(self, prompt: Prompt) -> str:
+    async def _compiled(self, prompt: Prompt, text: str) -> str:
         """The grammar as the shards take it, empty when there is none."""
-        grammar = prompt.grammar
+        grammar = prompt.grammar(text) if callable(prompt.grammar) else prompt.grammar
         if grammar is None and prompt.parameters.grammar is not None:
             grammar = from_tgi(prompt.parameters.grammar)
         if grammar is None:
