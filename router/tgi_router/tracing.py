@@ -35,6 +35,7 @@ EXPORT_TIMEOUT_S = 5.0
 STOP_S = 3.0  # for what is left at the end
 _MAX_TEXT = 4096  # characters of an attribute
 _SHARD_SERVICE = "tgi.shard.v1.Shard"
+_SERVER_CODES = (2, 4, 12, 13, 14, 15)  # of gRPC: those that the semantic conventions call the server's errors
 _TGI_FIELDS = ("total_time", "validation_time", "queue_time", "inference_time", "time_per_token", "seed")
 
 Attributes = dict[str, Any]
@@ -109,6 +110,14 @@ class Trace:
             self._span.set_attribute("http.response.status_code", status)
         if status is None or status >= 500:
             self._span.set_status(Status(StatusCode.ERROR, "the client has left" if status is None else None))
+        self._span.end()
+
+    def end_rpc(self, code: int | None) -> None:
+        """The same for a gRPC call. code: its status; None when the client has left before."""
+        if code is not None:
+            self._span.set_attribute("rpc.grpc.status_code", code)
+        if code is None or code in _SERVER_CODES:
+            self._span.set_status(Status(StatusCode.ERROR, "the client has left" if code is None else None))
         self._span.end()
 
     def generation(

@@ -37,6 +37,7 @@ Whole = Callable[[Any, Call], Awaitable[Message]]
 Stall = Callable[[], None]  # ends the call, because its client does not read
 Streamed = Callable[[Any, Call, Stall], AsyncGenerator[Message, None]]
 
+PATIENCE_S = 60.0  # for a client to read a message
 ALWAYS_ANSWERED = ("Info",)  # also while draining, like REST's GET routes
 
 
@@ -69,15 +70,14 @@ class Calls:
         """The handler of a method with a stream of answers."""
 
         async def handle(data: bytes, context: Context) -> None:
-            stall = _Stall()
-
             async def work(call: Call) -> None:
                 request = await self._accept(method, data, context, call)
-                async with contextlib.aclosing(behaviour(request, call, stall)) as messages:
-                    async for message in messages:
-                        await context.write(message.SerializeToString())
+                with _Writer(context) as writer:
+                    async with contextlib.aclosing(behaviour(request, call, writer.stall)) as messages:
+                        async for message in messages:
+                            await writer.write(message)
 
-            await self._run(method, context, lambda call: stall.watch(work(call)))
+            await self._run(method, context, work)
 
         return grpc.unary_stream_rpc_method_handler(handle)
 
@@ -90,17 +90,17 @@ class Calls:
         self._server.metrics.grpc_request_count.inc(method.name)
         self._num_open += 1
         self._idle.clear()
-        status = None
+        status: grpc.StatusCode | None = None
         try:
             result = await work(call)
-            status = 200
+            status = grpc.StatusCode.OK
             return result
         except Exception as failure:
             error = presentable(failure)
-            status = error.status
+            status = code(error)
         finally:
             if trace is not None:
-                trace.end(status)
+                trace.end_rpc(None if status is None else status.value[0])
             self._num_open -= 1
             if self._num_open == 0:
                 self._idle.set()
@@ -143,26 +143,41 @@ def _deadline(context: Context) -> Deadline | None:
     return None if left_s is None else Deadline(left_s, time.monotonic() + left_s)
 
 
-class _Stall:
-    """Called when the client does not read: ends what `watch` awaits."""
+class _Writer:
+    """Writes a stream's messages, and ends its call with ClientTooSlow when the client does not read them."""
 
-    def __init__(self) -> None:
-        self._task: asyncio.Task[None] | None = None
-        self._called = False
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._task = asyncio.current_task()
+        self._writing_since_s: float | None = None
+        self._stalled = False
+        self._loop = asyncio.get_running_loop()
 
-    def __call__(self) -> None:
-        self._called = True
-        if self._task is not None:
+    def __enter__(self) -> "_Writer":
+        self._timer = self._loop.call_later(PATIENCE_S, self._look)
+        return self
+
+    async def write(self, message: Message) -> None:
+        self._writing_since_s = time.monotonic()
+        await self._context.write(message.SerializeToString())
+        self._writing_since_s = None
+
+    def stall(self) -> None:
+        """Too many tokens wait for the client."""
+        if self._task is not None and not self._stalled:
+            self._stalled = True
             self._task.cancel()
 
-    async def watch(self, work: Awaitable[None]) -> None:
-        """Raises ClientTooSlow when called meanwhile."""
-        task = self._task = asyncio.current_task()
-        try:
-            await work
-        except asyncio.CancelledError:
-            if not self._called or task is None or task.uncancel() > 0:
-                raise
+    def _look(self) -> None:
+        """One timer per stream, moved on lazily: one per message would cost as much as the message."""
+        now_s = time.monotonic()
+        since_s = now_s if self._writing_since_s is None else self._writing_since_s
+        if now_s - since_s >= PATIENCE_S:
+            self.stall()
+        else:
+            self._timer = self._loop.call_later(since_s + PATIENCE_S - now_s, self._look)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        self._timer.cancel()
+        if kind is asyncio.CancelledError and self._stalled and self._task is not None and self._task.uncancel() == 0:
             raise ClientTooSlow() from None
-        finally:
-            self._task = None
