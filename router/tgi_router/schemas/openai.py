@@ -21,18 +21,14 @@ class StreamOptions(Struct, kw_only=True):
     continuous_usage_stats: bool | None = None
 
 
-class ResponseFormat(Struct, kw_only=True):
-    type: str
-
-
 class Unbuilt(Struct, kw_only=True):
     """Fields that are part of the API and not built yet. A neutral value (absent, zero, empty) passes."""
 
-    response_format: ResponseFormat | None = None
+    response_format: dict[str, Any] | None = None
 
     def refuse(self) -> None:
         """Raises ValidationError naming the first such field that asks for something."""
-        kind = self.response_format.type if self.response_format is not None else "text"
+        kind = "text" if self.response_format is None else self.response_format.get("type")
         if kind != "text":
             raise ValidationError(
                 f"`response_format` of type {kind!r} is not supported yet: only 'text' is", param="response_format"
