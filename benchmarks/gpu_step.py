@@ -105,7 +105,7 @@ def model_floor_ms(bench: Bench, decoder: Decoder, lengths: list[tuple[int, int]
     """Weights read once or multiplied with every token, whichever takes longer, plus attention likewise."""
     spec = decoder.spec
     embedding_bytes = spec.vocab * spec.hidden * bench.dtype.itemsize
-    linear_bytes = decoder.num_bytes - embedding_bytes * (1 if spec.tied_head else 2)
+    linear_bytes = decoder.num_bytes - embedding_bytes * (1 if spec.output.tied else 2)
     tokens, rows = sum(query for query, _ in lengths), len(lengths)
     flops = 2.0 * (linear_bytes * tokens + embedding_bytes * rows) / bench.dtype.itemsize
     weights_s = max((linear_bytes + embedding_bytes) / bench.copy_bytes_per_s, flops / bench.flops_per_s)

@@ -159,7 +159,7 @@ def test_on_cpu_company_changes_no_bit(pair: tuple[Any, Path]) -> None:
     """What the other rows of a step are makes no difference at all, whatever their number."""
     _, directory = pair
     decoder = load(directory)
-    if any(type(layer._qkv).__name__ != "PackedMatmul" for layer in decoder._layers):
+    if any(type(layer.attention._qkv).__name__ != "PackedMatmul" for layer in decoder._layers):
         pytest.skip("only oneDNN's packed product promises this")
     prompts = {str(length): prompt(length, seed=length) for length in (1, 9, 30)}
     together = Driver(decoder)

@@ -48,15 +48,15 @@ def test_beyond_the_original_positions_dynamic_scaling_grows_with_each_position(
     hf = config_json({"rope_type": "dynamic", "factor": 2.0})
     reference = LlamaRotaryEmbedding(LlamaConfig(**{k: v for k, v in hf.items() if k != "model_type"}))
     positions = torch.tensor([4000, 4096, 5000, 8191])
-    cos, sin = RotaryEmbedding(hf_config.rope(hf, 24), CPU, torch.float32).table(positions)
+    table = RotaryEmbedding(hf_config.rope(hf, 24), CPU, torch.float32).table(positions)
     for row, position in enumerate(positions):
-        expected_cos, expected_sin = reference(cos, position[None, None])
-        torch.testing.assert_close(cos[row], expected_cos[0], atol=2e-4, rtol=1e-4)
-        torch.testing.assert_close(sin[row, :, 12:], expected_sin[0, :, 12:], atol=2e-4, rtol=1e-4)
+        expected_cos, expected_sin = reference(table.cos, position[None, None])
+        torch.testing.assert_close(table.cos[row], expected_cos[0], atol=2e-4, rtol=1e-4)
+        torch.testing.assert_close(table.sin[row, :, 12:], expected_sin[0, :, 12:], atol=2e-4, rtol=1e-4)
 
 
 def test_a_rope_narrower_than_the_head_leaves_the_rest_alone() -> None:
-    rope = hf_config.rope(config_json({"rope_type": "default"}), 8)
+    rope = hf_config.rope(config_json({"rope_type": "default", "partial_rotary_factor": 8 / 24}), 24)
     heads = torch.randn(3, 2, 24)
     rotated = rotate(heads, RotaryEmbedding(rope, CPU, torch.float32).table(torch.tensor([5, 6, 7])))
     assert torch.equal(rotated[..., 8:], heads[..., 8:])
@@ -81,7 +81,7 @@ def test_the_flags_replace_the_scaling_and_extend_the_positions() -> None:
         (None, 2.0, LinearScaling(2.0)),  # as TGI reads a factor alone
     ]:
         spec, _ = describe(hf, kind, factor)
-        assert spec.position.scaling == scaling
+        assert spec.layers[0].position.scaling == scaling
         assert spec.max_positions == 4096 * factor
     with pytest.raises(StartError, match=r"`--rope-factor` is 0.5, but must be at least 1"):
         describe(hf, "linear", 0.5)
@@ -94,13 +94,13 @@ def test_the_longest_context_counts_the_scaling_where_the_config_does_not() -> N
     assert describe({**FULL, "rope_scaling": yarn})[0].max_positions == 16384
     extended = describe({**FULL, "max_position_embeddings": 16384, "rope_scaling": yarn})[0]
     assert extended.max_positions == 16384
-    assert isinstance(extended.position.scaling, YarnScaling)
+    assert isinstance(extended.layers[0].position.scaling, YarnScaling)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gptj"}, "`model_type` is 'gptj'; supported are llama, mistral, qwen2, qwen3"),
+        ({"model_type": "mamba"}, "`model_type` is 'mamba'; supported are llama, mistral, mixtral"),
         ({"model_type": None}, "`model_type` is None"),
         ({"hidden_size": None}, "`hidden_size` is missing"),
         ({"vocab_size": "10"}, "`vocab_size` is '10', expected an integer of at least 1"),
@@ -109,7 +109,8 @@ def test_the_longest_context_counts_the_scaling_where_the_config_does_not() -> N
         ({"rms_norm_eps": "small"}, "`rms_norm_eps` is 'small', expected a positive number"),
         ({"tie_word_embeddings": 1}, "`tie_word_embeddings` is 1, expected true or false"),
         ({"hidden_act": "mish"}, "`hidden_act` is 'mish'; known are silu"),
-        ({"rope_scaling": {"type": "longrope"}}, "rope type 'longrope' is not supported"),
+        ({"rope_scaling": {"type": "proportional"}}, "rope type 'proportional' is not supported"),
+        ({"rope_scaling": {"type": "longrope"}}, "`short_factor` must be a list of 12 numbers"),
         ({"rope_scaling": {"type": "linear"}}, "`factor` is missing"),
         ({"rope_scaling": "linear"}, "the rope parameters are 'linear'"),
         ({"head_dim": 7}, "need an even head size, but it is 7"),

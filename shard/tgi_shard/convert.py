@@ -74,7 +74,7 @@ def _sources(model_dir: Path) -> list[Path]:
 def _tied_head(model_dir: Path) -> dict[str, str]:
     """Tensor that is left out → the tensor it must be the same memory as: the output head of a model that ties it."""
     spec, names = describe(hf_config.read(model_dir))
-    return {f"{names.head}.weight": f"{names.embedding}.weight"} if spec.tied_head else {}
+    return {f"{names.head}.weight": f"{names.embedding}.weight"} if spec.output.tied else {}
 
 
 def _check_space(directory: Path, needed: int) -> None:

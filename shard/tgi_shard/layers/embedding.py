@@ -25,8 +25,8 @@ class VocabRange:
         self.stop = min(self.start + self.rows, vocab)
 
     def padded(self, table: Tensor, reader: WeightReader) -> Tensor:
-        """A copy of these rows of the whole table, padded with zeros: `[rows, hidden]`."""
-        share, count = reader.empty(self.rows, table.shape[1]), self.stop - self.start
+        """A copy of these rows of the whole table `[vocab, ...]`, padded with zeros: `[rows, ...]`."""
+        share, count = reader.empty(self.rows, *table.shape[1:]), self.stop - self.start
         share[:count].copy_(table[self.start : self.stop])
         share[count:].zero_()
         return share
@@ -70,18 +70,19 @@ class VocabTables:
     def embedding(self, module: str) -> Embedding:
         return self._embedding(self._reader.view(f"{module}.weight"))
 
-    def head(self, module: str) -> Head:
-        return self._head(self._padded(module))
+    def head(self, module: str, bias: str | None = None) -> Head:
+        """bias: the name of the whole tensor."""
+        return self._head(self._padded(f"{module}.weight"), bias)
 
-    def tied(self, module: str) -> tuple[Embedding, Head]:
-        """Both from one table."""
+    def tied(self, module: str, bias: str | None = None) -> tuple[Embedding, Head]:
+        """Both from one table; the bias is the head's."""
         if self._reader.device.type == "cpu":
-            return self.embedding(module), self.head(module)
-        weight = self._padded(module)
-        return Embedding(weight, self._share, self._reader.dtype, self._parallel, 0), self._head(weight)
+            return self.embedding(module), self.head(module, bias)
+        weight = self._padded(f"{module}.weight")
+        return Embedding(weight, self._share, self._reader.dtype, self._parallel, 0), self._head(weight, bias)
 
-    def _padded(self, module: str) -> Tensor:
-        return self._share.padded(self._reader.view(f"{module}.weight"), self._reader)
+    def _padded(self, name: str) -> Tensor:
+        return self._share.padded(self._reader.view(name), self._reader)
 
     def _embedding(self, table: Tensor) -> Embedding:
         rows = table[self._share.start : self._share.stop]
@@ -90,5 +91,6 @@ class VocabTables:
         rows = self._share.padded(table, self._reader)
         return Embedding(rows, self._share, self._reader.dtype, self._parallel, rows.nbytes)
 
-    def _head(self, weight: Tensor) -> Head:
-        return Head(self._matmuls.make(weight, None), self._vocab, self._parallel)
+    def _head(self, weight: Tensor, bias: str | None) -> Head:
+        matmul = self._matmuls.make(weight, None if bias is None else self._padded(bias))
+        return Head(matmul, self._vocab, self._parallel)

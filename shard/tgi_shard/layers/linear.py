@@ -126,25 +126,30 @@ class PackedMatmul:
 class DenseMethod:
     """Plain `.weight` and `.bias` tensors."""
 
-    def __init__(self, reader: WeightReader, matmuls: MatmulMaker) -> None:
-        self._reader, self._matmuls = reader, matmuls
+    def __init__(self, reader: WeightReader, matmuls: MatmulMaker, transposed: bool = False) -> None:
+        """transposed: the checkpoint has its weights as `[in, out]`."""
+        self._reader, self._matmuls, self._transposed = reader, matmuls, transposed
 
     def column(self, parts: Sequence[Rows], bias: bool) -> Matmul:
         return self._matmuls.make(self._stack(parts, "weight"), self._stack(parts, "bias") if bias else None)
 
     def row(self, module: str, columns: slice, bias: bool) -> Matmul:
-        weight = self._reader.copy(self._reader.view(f"{module}.weight")[:, columns])
+        weight = self._reader.copy(self._view(module, "weight")[:, columns])
         return self._matmuls.make(weight, self._reader.vector(f"{module}.bias") if bias else None)
 
     def _stack(self, parts: Sequence[Rows], suffix: str) -> Tensor:
         """One copy: each part goes from the mapped file to its place in the result."""
-        views = [self._reader.view(f"{part.module}.{suffix}")[part.start : part.stop] for part in parts]
+        views = [self._view(part.module, suffix)[part.start : part.stop] for part in parts]
         stacked = self._reader.empty(sum(view.shape[0] for view in views), *views[0].shape[1:])
         row = 0
         for view in views:
             stacked[row : row + view.shape[0]].copy_(view)
             row += view.shape[0]
         return stacked
+
+    def _view(self, module: str, suffix: str) -> Tensor:
+        view = self._reader.view(f"{module}.{suffix}")
+        return view.T if self._transposed and view.dim() == 2 else view
 
 
 class RowParallel:

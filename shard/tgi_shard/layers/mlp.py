@@ -1,4 +1,4 @@
-"""The feed-forward part of a layer."""
+"""The feed-forward part of a layer. With experts: moe.py."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -29,3 +29,14 @@ class GatedMlpLayer:
     def __call__(self, x: Tensor) -> Tensor:
         gate, up = self._gate_up(x).chunk(2, -1)
         return self._down(self._activation(gate).mul_(up))
+
+
+class PlainMlpLayer:
+    """down(activation(up(x)))."""
+
+    def __init__(self, up: Matmul, down: RowParallel, activation: Activation) -> None:
+        self._up, self._down, self._activation = up, down, ACTIVATIONS[activation]
+        self.num_bytes = up.num_bytes + down.num_bytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._down(self._activation(self._up(x)))

@@ -7,7 +7,6 @@ import importlib
 import logging
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -17,14 +16,14 @@ from .. import attention
 from ..checkpoint import Checkpoint
 from ..config import ShardConfig
 from ..errors import StartError
-from ..layers.rotary import DynamicScaling, LinearScaling, RopeScaling
+from ..layers.rotary import DynamicScaling, LinearScaling, Rope, RopeScaling
 from ..layers.weights import WeightReader
 from ..parallel import Parallel
 from . import hf_config
 from .decoder import Decoder, HeadSplit, Source
 from .hf_config import HfConfig
-from .names import Names, expected_tensors
-from .spec import DecoderSpec
+from .names import Names, expected_tensors, resolve
+from .spec import DecoderSpec, with_scaling
 
 __all__ = ["FAMILIES", "Decoder", "DecoderSpec", "describe", "load_model"]
 
@@ -34,15 +33,43 @@ logger = logging.getLogger(__name__)
 FAMILIES = {
     "llama": "llama",
     "mistral": "mistral",
+    "mixtral": "mixtral",
     "qwen2": "qwen2",
+    "qwen2_moe": "qwen2_moe",
     "qwen3": "qwen3",
+    "qwen3_moe": "qwen3_moe",
+    "gemma": "gemma",
+    "gemma2": "gemma2",
+    "gemma3_text": "gemma3",
+    "phi": "phi",
+    "phi3": "phi3",
+    "phimoe": "phimoe",
+    "cohere": "cohere",
+    "cohere2": "cohere2",
+    "granite": "granite",
+    "granitemoe": "granitemoe",
+    "olmo2": "olmo2",
+    "smollm3": "smollm3",
+    "stablelm": "stablelm",
+    "starcoder2": "starcoder2",
+    "falcon": "falcon",
+    "RefinedWeb": "falcon",
+    "RefinedWebModel": "falcon",
+    "gpt_neox": "gpt_neox",
+    "gptj": "gptj",
+    "gpt_bigcode": "gpt_bigcode",
+    "gpt2": "gpt2",
+    "opt": "opt",
+    "bloom": "bloom",
+    "mpt": "mpt",
 }
 
 
 class Family(Protocol):
     """What a family's module has."""
 
-    NAMES: Names
+    # A function of config.json where that decides the names.
+    NAMES: Names | Callable[[HfConfig], Names]
 
     def spec(self, hf: HfConfig) -> DecoderSpec:
         """The model that a config.json describes. Pure; raises StartError."""
@@ -63,14 +90,17 @@ def load_model(
     directory = Path(config.model_dir)
     spec, names = describe(hf_config.read(directory), config.rope_scaling, config.rope_factor)
     heads = HeadSplit.of(spec, parallel)
-    specs = [heads.attention_spec(spec, number, dtype) for number in range(spec.layers)]
+    specs = [heads.attention_spec(spec, number, dtype) for number in range(spec.num_layers)]
     backend = attention.choose(config.attention, specs, device, dtype, config.block_size)
     checkpoint = Checkpoint.open(directory, progress)
-    ignorable = names.ignorable + ((rf"{re.escape(names.head)}\.weight",) if spec.tied_head else ())
-    checkpoint.check(expected_tensors(spec, names, range(spec.layers)), ignorable)
+    names = resolve(spec, names, checkpoint)
+    ignorable = names.ignorable + ((rf"{re.escape(names.head)}\.weight",) if spec.output.tied else ())
+    checkpoint.check(expected_tensors(spec, names, range(spec.num_layers)), ignorable)
     decoder = Decoder(spec, Source(WeightReader(checkpoint, device, dtype), names), parallel, backend)
     checkpoint.release()
-    logger.info("Loaded %s: %d layers, %.2f GiB of weights", spec.model_type, spec.layers, decoder.num_bytes / 2**30)
+    logger.info(
+        "Loaded %s: %d layers, %.2f GiB of weights", spec.model_type, spec.num_layers, decoder.num_bytes / 2**30
+    )
     return decoder
 
 
@@ -88,13 +118,15 @@ def describe(
     spec = family.spec(hf)
     if rope_scaling is not None or rope_factor is not None:  # a factor alone means linear, as in TGI
         spec = _rescaled(spec, rope_scaling or "linear", 1.0 if rope_factor is None else rope_factor, hf)
-    return spec, family.NAMES
+    return spec, family.NAMES if isinstance(family.NAMES, Names) else family.NAMES(hf)
 
 
 def _rescaled(spec: DecoderSpec, kind: str, factor: float, hf: HfConfig) -> DecoderSpec:
     """The model with its rope scaling replaced and its positions extended by it."""
     if factor < 1:
         raise StartError(f"`--rope-factor` is {factor}, but must be at least 1.")
-    positions = hf_config.integer(hf, "max_position_embeddings")
+    if not any(isinstance(layer.position, Rope) for layer in spec.layers):
+        raise StartError(f"`--rope-scaling` {kind} needs rotary positions, which {spec.model_type} does not have.")
+    positions = hf_config.positions(hf)
     scaling: RopeScaling = LinearScaling(factor) if kind == "linear" else DynamicScaling(factor, positions)
-    return replace(spec, position=replace(spec.position, scaling=scaling), max_positions=int(positions * factor))
+    return with_scaling(spec, scaling, int(positions * factor))

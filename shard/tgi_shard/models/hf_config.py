@@ -6,13 +6,23 @@ Errors are StartError naming the field. Used by the family files.
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import StartError
 from ..layers.mlp import Activation
-from ..layers.rotary import DynamicScaling, LinearScaling, Llama3Scaling, Rope, RopeScaling, YarnScaling
+from ..layers.rotary import (
+    DynamicScaling,
+    LinearScaling,
+    Llama3Scaling,
+    LongScaling,
+    Pairing,
+    Rope,
+    RopeScaling,
+    YarnScaling,
+)
 
 HfConfig = Mapping[str, Any]
 
@@ -20,8 +30,10 @@ ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
     "swish": "silu",
     "gelu": "gelu",
+    "gelu_python": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
     "relu": "relu",
 }
 
@@ -71,33 +83,84 @@ def flag(hf: HfConfig, name: str, default: bool) -> bool:
     return value
 
 
-def activation(hf: HfConfig) -> Activation:
-    value = hf.get("hidden_act") or "silu"
+def nullable_number(hf: HfConfig, name: str, default: float | None = None) -> float | None:
+    """A number that config.json can switch off with null; `default` where it does not say."""
+    if name not in hf:
+        return default
+    return None if hf[name] is None else number(hf, name)
+
+
+def activation(hf: HfConfig, name: str = "hidden_act", default: str = "silu") -> Activation:
+    value = hf.get(name) or default
     if value not in ACTIVATIONS:
-        raise StartError(f"config.json: `hidden_act` is {value!r}; known are {', '.join(ACTIVATIONS)}.")
+        raise StartError(f"config.json: `{name}` is {value!r}; known are {', '.join(ACTIVATIONS)}.")
     return ACTIVATIONS[value]
 
 
-def rope(hf: HfConfig, head_dim: int) -> Rope:
+def refuse(hf: HfConfig, name: str, allowed: object) -> None:
+    """Raises StartError when a field that is not supported has another value than the one that is."""
+    value = hf.get(name)
+    if value is not None and value != allowed:
+        raise StartError(f"config.json: `{name}` is {value!r}; only {allowed!r} is supported.")
+
+
+def window(hf: HfConfig) -> int | None:
+    """`sliding_window`; None when there is none."""
+    return integer(hf, "sliding_window") if hf.get("sliding_window") is not None else None
+
+
+def windows(hf: HfConfig, layers: int, slides: Callable[[int], bool]) -> tuple[int | None, ...]:
+    """One per layer: `sliding_window` where `layer_types` says so, or without it where `slides(layer)`."""
+    size = window(hf)
+    if size is None:
+        return (None,) * layers
+    types = hf.get("layer_types") or ["sliding_attention" if slides(i) else "full_attention" for i in range(layers)]
+    if len(types) != layers or not {"full_attention", "sliding_attention"}.issuperset(types):
+        raise StartError(f"config.json: `layer_types` must name {layers} layers, full_attention or sliding_attention.")
+    return tuple(size if kind == "sliding_attention" else None for kind in types)
+
+
+@dataclass(frozen=True, slots=True)
+class RopeDefaults:
+    """What a family's configuration means by what it leaves out."""
+
+    theta: float = 10000.0
+    partial: float = 1.0  # the part of each head that is rotated
+    pairing: Pairing = "halves"
+
+
+PLAIN_ROPE = RopeDefaults()
+
+
+def rope(hf: HfConfig, head_dim: int, defaults: RopeDefaults = PLAIN_ROPE) -> Rope:
     """`rope_parameters` (transformers 5) or `rope_theta` beside `rope_scaling` (before)."""
-    if head_dim % 2:
-        raise StartError(f"config.json: rotary positions need an even head size, but it is {head_dim}.")
-    parameters = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    return rope_of(hf, hf.get("rope_parameters") or hf.get("rope_scaling") or {}, head_dim, defaults)
+
+
+def rope_of(hf: HfConfig, parameters: Any, head_dim: int, defaults: RopeDefaults) -> Rope:
+    """The rope that `parameters` describe, where a model has several."""
     if not isinstance(parameters, dict):
         raise StartError(f"config.json: the rope parameters are {parameters!r}, expected an object.")
-    theta = number(parameters, "rope_theta", number(hf, "rope_theta", 10000.0))
-    return Rope(theta, head_dim, _scaling(hf, parameters))
+    theta = number(parameters, "rope_theta", number(hf, "rope_theta", defaults.theta))
+    partial = number(parameters, "partial_rotary_factor", number(hf, "partial_rotary_factor", defaults.partial))
+    dim = int(head_dim * partial)
+    if dim % 2 or not 0 < dim <= head_dim:
+        raise StartError(
+            f"config.json: rotary positions need an even head size, but it is {dim}"
+            + (f" (`partial_rotary_factor` {partial} of {head_dim})." if partial != 1 else ".")
+        )
+    return Rope(theta, dim, _scaling(hf, parameters, dim), defaults.pairing)
 
 
-def _scaling(hf: HfConfig, parameters: Mapping[str, Any]) -> RopeScaling | None:
+def _scaling(hf: HfConfig, parameters: Mapping[str, Any], dim: int) -> RopeScaling | None:
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
+    if kind == "default":
+        return None
     positions = integer(hf, "max_position_embeddings")
     original = integer(
         hf, "original_max_position_embeddings", integer(parameters, "original_max_position_embeddings", positions)
     )
     match kind:
-        case "default":
-            return None
         case "linear":
             return LinearScaling(number(parameters, "factor"))
         case "dynamic":
@@ -107,10 +170,27 @@ def _scaling(hf: HfConfig, parameters: Mapping[str, Any]) -> RopeScaling | None:
             return Llama3Scaling(number(parameters, "factor"), low, high, original)
         case "yarn":
             return _yarn(parameters, positions, original)
+        case "longrope" | "su":
+            return _long(parameters, positions, original, dim)
         case _:
             raise StartError(
-                f"config.json: rope type {kind!r} is not supported; known are default, linear, dynamic, llama3, yarn."
+                f"config.json: rope type {kind!r} is not supported; known are default, linear, dynamic, llama3, yarn, "
+                "longrope."
             )
+
+
+def _long(parameters: Mapping[str, Any], positions: int, original: int, dim: int) -> LongScaling:
+    factors = []
+    for name in ("short_factor", "long_factor"):
+        values = parameters.get(name)
+        if not isinstance(values, list) or len(values) != dim // 2:
+            raise StartError(f"config.json: `{name}` must be a list of {dim // 2} numbers, one per rotated pair.")
+        factors.append(tuple(number({name: value}, name) for value in values))
+    factor = number(parameters, "factor", positions / original)
+    magnitude = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    magnitude = number(parameters, "attention_factor", magnitude)
+    short, long = (number(parameters, name, magnitude) for name in ("short_mscale", "long_mscale"))
+    return LongScaling(factors[0], factors[1], original, short, long)
 
 
 def _yarn(parameters: Mapping[str, Any], positions: int, original: int) -> YarnScaling:
@@ -132,14 +212,19 @@ def _yarn(parameters: Mapping[str, Any], positions: int, original: int) -> YarnS
     )
 
 
+def positions(hf: HfConfig) -> int:
+    """The positions that config.json names, under either spelling."""
+    return integer(hf, "max_position_embeddings", hf.get("n_positions"))
+
+
 def max_positions(hf: HfConfig, scaling: RopeScaling | None) -> int:
     """The longest context. `max_position_embeddings` already counts the scaling, except where the scaling's own
     definition starts from it: dynamic, and YaRN over the original positions (as Qwen's model cards describe)."""
-    positions = integer(hf, "max_position_embeddings")
+    configured = positions(hf)
     match scaling:
         case DynamicScaling(factor=factor):
-            return int(positions * factor)
+            return int(configured * factor)
         case YarnScaling(factor=factor, original_positions=original):
-            return max(positions, int(original * factor))
+            return max(configured, int(original * factor))
         case _:
-            return positions
+            return configured

@@ -6,13 +6,12 @@ Follows transformers' models/mistral (configuration and names only).
 from dataclasses import replace
 
 from . import llama
-from .hf_config import HfConfig, integer
-from .spec import DecoderSpec
+from .hf_config import HfConfig, window
+from .spec import DecoderSpec, with_windows
 
 NAMES = llama.NAMES
 
 
 def spec(hf: HfConfig) -> DecoderSpec:
     base = llama.spec({**hf, "attention_bias": False, "mlp_bias": False})
-    window = integer(hf, "sliding_window") if hf.get("sliding_window") is not None else None
-    return replace(base, model_type="mistral", windows=(window,) * base.layers)
+    return replace(with_windows(base, (window(hf),) * base.num_layers), model_type="mistral")

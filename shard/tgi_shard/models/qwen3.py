@@ -8,13 +8,13 @@ from dataclasses import replace
 from . import llama
 from .hf_config import HfConfig
 from .qwen2 import windows
-from .spec import DecoderSpec
+from .spec import DecoderSpec, HeadNorm, RmsNorm, with_windows
 
 NAMES = llama.NAMES
 
 
 def spec(hf: HfConfig) -> DecoderSpec:
     base = llama.spec({"head_dim": 128, **hf, "mlp_bias": False})
-    return replace(
-        base, model_type="qwen3", attention=replace(base.attention, qk_norm=True), windows=windows(hf, base.layers)
-    )
+    base = with_windows(base, windows(hf, base.num_layers))
+    qk_norm = HeadNorm(RmsNorm(base.norm.eps))
+    return replace(base, model_type="qwen3", attention=replace(base.attention, qk_norm=qk_norm))
