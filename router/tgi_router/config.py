@@ -49,8 +49,6 @@ class RouterConfig:
     disable_grammar_support: bool = flag("Refuse every grammar.", False)
     tool_call_parser: str = flag("Format of the model's tool calls; auto = found out from its chat template.", "auto")
     reasoning_parser: str = flag("Marks around the model's thoughts; auto = found out; none = not separated.", "auto")
-    tool_call_parser: str = flag("Format of the model's tool calls; auto = found out from its chat template.", "auto")
-    reasoning_parser: str = flag("Marks around the model's thoughts; auto = found out; none = not separated.", "auto")
 
     step_deadline_s: float = flag("A shard that does not answer a step for so long is dead, seconds.", 60.0)
     graceful_termination_timeout_s: float = flag("Time for running requests to end after SIGTERM, seconds.", 90.0)
