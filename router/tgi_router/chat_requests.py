@@ -10,9 +10,11 @@ from typing import Any
 
 import msgspec
 
+from .chat_grammar import answer_grammar
 from .chat_messages import plain_messages, with_tools_as_text
 from .dialect import Dialect
 from .errors import ToolError, ValidationError
+from .grammars import Grammar, from_response_format
 from .message import MessageParser
 from .openai_answers import check_at_most
 from .parameters import from_openai
@@ -31,7 +33,6 @@ _RESERVED = frozenset(
 
 def prompts(server: Server, body: openai.ChatRequest, sampling: msgspec.Struct) -> list[Prompt]:
     """What the request asks for, one prompt. Raises ValidationError, WrongShape or ToolError for what cannot be had."""
-    body.refuse()
     limits = server.infer.validator.limits
     check_at_most("n", body.n, limits.max_best_of, "--max-best-of", least=1)
     check_at_most("top_logprobs", body.top_logprobs, limits.max_top_n_tokens, "--max-top-n-tokens", least=0)
@@ -47,7 +48,8 @@ def prompts(server: Server, body: openai.ChatRequest, sampling: msgspec.Struct) 
         top_n_tokens=body.top_logprobs if body.logprobs else None,
     )
     tools = read_offer(body)
-    return [Prompt(_rendering(server, body, tools), parameters, add_special_tokens=False)]
+    rendering = _rendering(server, body, tools)
+    return [Prompt(rendering, parameters, add_special_tokens=False, grammar=_grammar(server, body, tools))]
 
 
 def read_offer(body: openai.ChatRequest) -> Offer | None:
@@ -77,6 +79,23 @@ def _rendering(server: Server, body: openai.ChatRequest, tools: Offer | None) ->
         add_generation_prompt=add_generation_prompt,
         continue_final_message=continues,
         variables=body.chat_template_kwargs,
+    )
+
+
+def _grammar(
+    server: Server, body: openai.ChatRequest, tools: Offer | None
+) -> Grammar | Callable[[str], Grammar | None] | None:
+    """What the answer must spell; where the model thinks first, that depends on the prompt. Raises ValidationError."""
+    response = from_response_format(body.response_format)
+    if response is None and (tools is None or not tools.forced):
+        return None
+    dialect = server.dialect
+    marks = dialect.marks
+    if marks is None:
+        return answer_grammar(dialect, tools, response, in_thoughts=False)
+    continues = continues_final_message(body)
+    return lambda prompt: answer_grammar(
+        dialect, tools, response, in_thoughts=is_open(marks, prompt, continues=continues)
     )
 
 

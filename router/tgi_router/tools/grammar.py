@@ -1,58 +1,74 @@
 """The grammar of messages that call tools, as Lark source for llguidance: arguments always fit their schemas.
 
 Forced, a message is nothing but calls in the model's own format. Otherwise it is free text until a call begins; from
-there on only a valid call can follow. A marker that is one token of the vocabulary is that token, `<[id]>`.
+there on only a valid call can follow. A marker that is one token of the vocabulary is that token, `<[id]>`; in free
+text it may be spelled out in other tokens, too. Called by chat_grammar.py.
 """
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from .base import Tool, ToolFormat
+from .base import ToolFormat
 
-_ANYTHING = "/(?s:.*)/"
+ANYTHING = "/(?s:.*)/"
+
+TokenId = Callable[[str], int | None]  # of the vocabulary's token with a text, if there is one
 
 
-def lark(
-    style: ToolFormat, tools: Sequence[Tool], token_id: Callable[[str], int | None], *, forced: bool, parallel: bool
-) -> str:
-    """The source; its rule is `start`. token_id: of the token with a text, if there is one.
+@dataclass(frozen=True, slots=True)
+class CallableTool:
+    """A tool in a grammar. schema: JSON text."""
 
-    parallel: several calls may follow each other.
+    name: str
+    schema: str
+
+
+def rules(
+    style: ToolFormat, tools: Sequence[CallableTool], token_id: TokenId, *, parallel: bool, instead: str | None
+) -> list[str]:
+    """Rules whose first one is `answer`. parallel: several calls may follow each other.
+
+    instead: a rule for answers that call nothing, TEXT for any text; None = a call is forced.
     """
-
-    def marker(text: str) -> str:
-        number = token_id(text)
-        return json.dumps(text) if number is None else f"<[{number}]>"
-
-    places = style.places(marker)
+    places = style.places(lambda text: marker(text, token_id))
     more = f" ({places.between} call)*" if parallel else ""
     lines = [f"calls: {places.first} call{more} {places.last}"]
     lines.append("call: " + " | ".join(f"call_{number}" for number in range(len(tools))))
     for number, tool in enumerate(tools):
         source = places.call.replace("{name}", tool.name).replace("{arguments}", f"arguments_{number}")
-        lines.append(f"call_{number}: {source}")
-        lines.append(f"arguments_{number}: %json {json.dumps(closed(tool.parameters), ensure_ascii=False)}")
-    if forced:
-        opening = "" if style.starts else marker(style.opening)
-        return "\n".join([f"start: {opening} calls", *lines])
-    return "\n".join([*_free(style, token_id), *lines])
+        lines += [f"call_{number}: {source}", f"arguments_{number}: %json {tool.schema}"]
+    opened = "calls" if style.starts else f"{marker(style.opening, token_id)} calls"
+    if instead == "TEXT":
+        return [*_in_text(style, token_id), *lines]
+    return ["answer: " + " | ".join(way for way in (instead, opened) if way), *lines]
 
 
-def _free(style: ToolFormat, token_id: Callable[[str], int | None]) -> list[str]:
+def _in_text(style: ToolFormat, token_id: TokenId) -> list[str]:
     """The rules of free text that may end in calls."""
-    ways = ["TEXT"]
-    rules = [f"TEXT: {_ANYTHING}"]
+    ways, text = ["TEXT"], f"TEXT: {ANYTHING}"
     if style.starts:
         ways.append("calls")
-        rules[0] += rf" & ~/(?s:[ \n]*{style.starts}.*)/"
-    if style.opening:
-        number = token_id(style.opening)
-        if number is not None:
-            ways.append(f"TEXT <[{number}]> calls")
-        ways.append("opened calls")  # the opening spelled out in other tokens
-        rules.append(f"opened[lazy]: TEXT {json.dumps(style.opening)}")
-    return ["start: " + " | ".join(ways), *rules]
+        text += rf" & ~/(?s:[ \n]*{style.starts}.*)/"
+    if not style.opening:
+        return ["answer: " + " | ".join(ways), text]
+    ways.append("opened calls")
+    return ["answer: " + " | ".join(ways), text, *until("opened", "TEXT", style.opening, token_id)]
+
+
+def until(name: str, before: str, text: str, token_id: TokenId) -> list[str]:
+    """The rule `name`: the terminal `before`, which ends at the first marker `text`, and the marker."""
+    spelled = f"{name}_spelled[lazy]: {before} {json.dumps(text)}"
+    number = token_id(text)
+    token = f"{before} <[{number}]> | " if number is not None else ""
+    return [f"{name}: {token}{name}_spelled", spelled]
+
+
+def marker(text: str, token_id: TokenId) -> str:
+    """A marker as Lark source."""
+    number = token_id(text)
+    return json.dumps(text) if number is None else f"<[{number}]>"
 
 
 def closed(schema: Mapping[str, Any]) -> dict[str, Any]:
