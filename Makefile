@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 TORCH ?= $(if $(shell command -v nvidia-smi),torch>=2.11$(comma)<2.14,torch==2.13.0)
 comma := ,
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/pip install --quiet
-SOURCES := demo launcher proto router shard benchmarks integration-tests setup.py
+SOURCES := demo launcher proto router shard benchmarks docs integration-tests setup.py
 ARGS ?=
 
 .PHONY: help serve test test-slow check lint type unit bench bench-router bench-startup gpu-check docs clean
@@ -48,6 +48,9 @@ bench-router: $(VENV)/.dev ## CPU time of the router per token, on a fake shard
 
 bench-startup: $(VENV)/.dev ## time from launch to the first 200 of /health, by phase
 	$(BIN)/python -m benchmarks.startup $(ARGS)
+
+docs: $(VENV)/.dev ## write docs/reference/ from the code
+	@$(BIN)/python docs/generate.py
 
 # Runs where there is a GPU, with whatever Python has torch there; installs nothing.
 gpu-check: ## the equivalences and kernels on a CUDA device

@@ -2,7 +2,6 @@
 
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
-from typing import Any
 
 import msgspec
 from aiohttp import web
@@ -16,6 +15,8 @@ from ..openai_requests import Understood, understand
 from ..openapi import describe
 from ..parameters import OpenAISampling
 from ..schemas import openai
+from ..schemas.errors import OpenAIErrorResponse
+from ..schemas.openai_events import ChatChunk
 from ..stream import Stream
 
 __all__ = ["Answer", "begin_answer", "chat_completions", "decoder", "prompts", "routes"]
@@ -30,7 +31,7 @@ decoder = msgspec.json.Decoder(openai.ChatRequest)
     "OpenAI",
     body=[(openai.ChatRequest, OpenAISampling)],
     answer=[openai.ChatCompletion],
-    events=[Any],
+    events=[ChatChunk, OpenAIErrorResponse],
     generates=True,
     fails=[TemplateError, ToolError],
     example={"messages": [{"role": "user", "content": "What does os.path.join do?"}], "max_tokens": 40},

@@ -35,7 +35,9 @@ async def generate(request: web.Request) -> web.StreamResponse:
 
 
 @routes.post("/generate_stream")
-@describe(_TAG, body=[tgi.GenerateRequest], events=[tgi.StreamResponse], generates=True, example=_EXAMPLE)
+@describe(
+    _TAG, body=[tgi.GenerateRequest], events=[tgi.StreamResponse, tgi.ErrorResponse], generates=True, example=_EXAMPLE
+)
 async def generate_stream(request: web.Request) -> web.StreamResponse:
     """Generate a stream of tokens, each a server-sent event.
 
@@ -51,7 +53,7 @@ async def generate_stream(request: web.Request) -> web.StreamResponse:
     _TAG,
     body=[tgi.CompatGenerateRequest],
     answer=[list[tgi.GenerateResponse]],
-    events=[tgi.StreamResponse],
+    events=[tgi.StreamResponse, tgi.ErrorResponse],
     generates=True,
     example=_EXAMPLE,
 )

@@ -11,6 +11,8 @@ from ..errors import BatchSizeExceeded, SuffixNotSupported, TemplateError, ToolE
 from ..openapi import describe
 from ..parameters import OpenAISampling
 from ..schemas import openai, tgi
+from ..schemas.errors import OpenAIErrorResponse
+from ..schemas.openai_events import ChatChunk, CompletionChunk
 from ..server import SERVER
 from . import chat, completions, generate
 
@@ -37,7 +39,7 @@ _fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
         (openai.CompletionRequest, OpenAISampling),
     ],
     answer=[list[tgi.GenerateResponse], openai.ChatCompletion, openai.Completion],
-    events=[tgi.StreamResponse, Any],
+    events=[tgi.StreamResponse, ChatChunk, CompletionChunk, tgi.ErrorResponse, OpenAIErrorResponse],
     generates=True,
     fails=[TemplateError, ToolError, SuffixNotSupported, BatchSizeExceeded],
     example={"inputs": "def fibonacci(n):", "parameters": {"max_new_tokens": 20}},

@@ -12,6 +12,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 from ..parameters import GenerateParameters
 
 Float32 = Annotated[msgspec.Raw, Meta(extra_json_schema={"type": "number", "format": "float"})]
+NullableFloat32 = Annotated[msgspec.Raw, Meta(extra_json_schema={"type": ["number", "null"], "format": "float"})]
 FinishReasonName = Literal["length", "eos_token", "stop_sequence"]
 
 
@@ -34,7 +35,7 @@ class CompatGenerateRequest(GenerateRequest, kw_only=True):
 class PrefillToken(Struct):
     id: int
     text: str
-    logprob: Float32  # null for the first
+    logprob: NullableFloat32  # null for the first
 
 
 class Token(Struct):
