@@ -1,9 +1,12 @@
 """The exposition: TGI's names, types, labels, buckets and number format, all of it from the start."""
 
 import re
+from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
-from tgi_router.metrics import FAILURES, METHODS, Metrics, format_number
+from tgi_router import metrics_page
+from tgi_router.metric_types import format_number
+from tgi_router.metrics import CONCAT_REASONS, FAILURES, METHODS, Metrics
 
 # name -> type of everything in TGI's list that has a meaning here
 TGIS = {
@@ -30,6 +33,9 @@ TGIS = {
     "tgi_batch_forward_duration": "histogram",
     "tgi_batch_decode_duration": "histogram",
     "tgi_batch_filter_duration": "histogram",
+    "tgi_batch_concat": "counter",
+    "tgi_batch_concat_duration": "histogram",
+    "tgi_batch_max_total_tokens": "gauge",
 }
 
 
@@ -56,6 +62,8 @@ def test_labels_are_tgis() -> None:
     ]
     metrics.batch_inference_duration.observe(0.001, "decode")
     assert f'tgi_batch_inference_duration_count{{method="{METHODS[1]}"}} 1' in metrics.exposition()
+    assert lines(metrics, "tgi_batch_concat") == [f'tgi_batch_concat{{reason="{one}"}} 0' for one in CONCAT_REASONS]
+    assert 'tgi_batch_concat_duration_count{method="decode"} 0' in metrics.exposition()
     assert "# HELP tgi_request_failure" not in metrics.exposition()
     assert "# HELP tgi_batch_inference_failure" not in metrics.exposition()
 
@@ -140,3 +148,11 @@ def test_numbers_print_without_an_exponent_and_whole_ones_without_a_point() -> N
     assert {value: format_number(value) for value in cases} == cases
     assert format_number(-2.5e-5) == "-0.000025"
     assert [format_number(float(text)) for text in ("inf", "-inf", "nan")] == ["+Inf", "-Inf", "NaN"]
+
+
+def test_the_reference_page_is_the_one_that_make_docs_writes() -> None:
+    committed = Path(__file__).parents[2] / "docs" / "reference" / "metrics.md"
+    assert committed.read_text() == metrics_page.page(), "run `make docs`"
+    for metric in Metrics().all():
+        assert f"`{metric.name}`" in committed.read_text()
+        assert metric.meaning.endswith("."), metric.name

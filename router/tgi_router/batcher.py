@@ -122,14 +122,14 @@ class Batcher:
         if self.state in (State.DRAINING, State.STOPPED) or self._draining:
             raise ShuttingDown
         request = self._core.add(valid, sink, time.monotonic(), label)
-        self._show_queues()
+        self._show()
         self._wake.set()
         return request
 
     def cancel(self, request: Request) -> None:
         """Ends a request whose client left: no sink call follows. Nothing happens when it is already over."""
         self._core.finish(request, time.monotonic())
-        self._show_queues()
+        self._show()
         self._note_drained()
         self._wake.set()
 
@@ -292,7 +292,7 @@ class Batcher:
         self._drop_in_flight()
         for request, error in self._core.interrupt(time.monotonic()):
             self._fail(request, error)
-        self._show_queues()
+        self._show()
 
     def _give_up(self) -> None:
         """After a bug of ours the books cannot be trusted: every request fails, loudly, and the books are new."""
@@ -333,6 +333,7 @@ class Batcher:
         self._info = info
         self._max_in_flight = max(1, info.max_steps_in_flight)
         self._metrics.kv_blocks.set(num_blocks)
+        self._metrics.batch_max_total_tokens.set(num_blocks * info.block_size)
         return Limits(
             num_blocks=num_blocks,
             block_size=info.block_size,
@@ -348,29 +349,36 @@ class Batcher:
 
     # ---- numbers
 
-    def _show_queues(self) -> None:
-        self._metrics.queue_size.set(len(self._core.waiting))
-        self._metrics.batch_current_size.set(len(self._core.running))
+    def _show(self) -> None:
+        metrics, core, blocks = self._metrics, self._core, self._core.blocks
+        metrics.queue_size.set(len(core.waiting))
+        metrics.batch_current_size.set(len(core.running))
+        metrics.batch_current_max_tokens.set(blocks.num_used * blocks.block_size)
+        metrics.kv_blocks_used.set(blocks.num_used)
+        metrics.kv_blocks_cached.set(blocks.num_kept)
 
     def _count_sent(self, plan: StepPlan) -> None:
-        self._metrics.batch_inference_count.inc(_method(plan))
-        self._show_queues()
+        metrics = self._metrics
+        metrics.batch_inference_count.inc(_method(plan))
+        self._show()
         if plan.admissions:
-            self._metrics.batch_next_size.observe(len(plan.admissions))
+            metrics.batch_next_size.observe(len(plan.admissions))
+            if len(plan.scheduled) > len(plan.admissions):
+                metrics.batch_concat.inc("chunking")
+                metrics.batch_concat_duration.observe(0.0, "decode")
 
     def _count_answered(self, sent: _Sent, response: pb.StepResponse, now: float) -> None:
-        metrics, core, blocks = self._metrics, self._core, self._core.blocks
+        metrics = self._metrics
         method = _method(sent.plan)
         metrics.batch_inference_success.inc(method)
         metrics.batch_inference_duration.observe(now - sent.sent_s, method)
         metrics.batch_forward_duration.observe(response.forward_ns / 1e9, method)
         metrics.batch_decode_duration.observe((response.total_ns - response.forward_ns) / 1e9, method)
         metrics.batch_filter_duration.observe(time.monotonic() - now, method)
-        self._show_queues()
-        metrics.batch_current_max_tokens.set(blocks.num_used * blocks.block_size)
-        metrics.kv_blocks_used.set(blocks.num_used)
-        metrics.kv_blocks_cached.set(blocks.num_kept)
-        counts = core.take_counts()
+        skipped = [len(generation.token_ids) - 1 for generation in response.generations if generation.token_ids]
+        metrics.request_skipped_tokens.observe(*skipped)
+        self._show()
+        counts = self._core.take_counts()
         metrics.request_preemptions.inc(amount=counts.preemptions)
         metrics.prefix_cache_query_tokens.inc(amount=counts.queried_tokens)
         metrics.prefix_cache_hit_tokens.inc(amount=counts.hit_tokens)

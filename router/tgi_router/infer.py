@@ -194,7 +194,8 @@ class Infer:
         """The metric and the log line of a failed request; routes call it for what they refuse themselves."""
         if error.failure is not None:
             self.shared.metrics.request_failure.inc(error.failure)
-        level = logging.ERROR if error.status >= 500 or error.status == 424 else logging.INFO
+        ours = error.failure in ("generation", "incomplete")  # the others are the client's, or pass by themselves
+        level = logging.ERROR if ours else logging.INFO
         logger.log(level, "%s", error.message, extra={"request_id": call.request_id, "error_type": error.error_type})
         error.logged = True
 
