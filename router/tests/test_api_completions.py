@@ -15,6 +15,11 @@ def body(**values: Any) -> dict[str, Any]:
     return {"model": "tgi", "prompt": "hello", "max_tokens": 6, "temperature": 0, **values}
 
 
+def as_text(token: str) -> str:
+    """What a token of the old log-probabilities adds to the text, when none is a part of a valid character."""
+    return "\ufffd" if token.startswith("bytes:") else token
+
+
 def texts(events: list[Any]) -> dict[int, str]:
     result: dict[int, str] = {}
     for event in events[:-1]:
@@ -77,7 +82,7 @@ async def test_usage_can_be_asked_for_at_the_end_or_always() -> None:
         request = body(prompt=["hello", "world"], stream=True, stream_options={"include_usage": True})
         events = (await api.post("/v1/completions", request)).events
         assert (events[-2]["choices"], events[-2]["usage"]["completion_tokens"]) == ([], 12)
-        assert not any("usage" in event for event in events[:-2])
+        assert all(event["usage"] is None for event in events[:-2])
         request["stream_options"] = {"continuous_usage_stats": True}
         events = (await api.post("/v1/completions", request)).events
         assert [event["usage"]["completion_tokens"] for event in events[:-1]] == list(range(1, 13))
@@ -89,16 +94,17 @@ async def test_logprobs_in_the_old_shape_are_equal_streamed_and_not() -> None:
         whole = (await api.post("/v1/completions", body(logprobs=2))).json["choices"][0]["logprobs"]
         assert list(whole) == ["tokens", "token_logprobs", "top_logprobs", "text_offset"]
         assert whole["token_logprobs"] == [logprob(token_id) for token_id in ids]
-        assert "".join(whole["tokens"]) == api.expected_text("hello", 6)
+        assert "".join(map(as_text, whole["tokens"])) == api.expected_text("hello", 6)
         assert [len(top) for top in whole["top_logprobs"]] == [2] * 6
-        assert whole["text_offset"] == [len("".join(whole["tokens"][:count])) for count in range(6)]
+        assert all(token in top for token, top in zip(whole["tokens"], whole["top_logprobs"], strict=True))
+        assert whole["text_offset"] == [len("".join(map(as_text, whole["tokens"][:count]))) for count in range(6)]
         events = (await api.post("/v1/completions", body(logprobs=2, stream=True))).events
         for name in whole:
             assert [event["choices"][0]["logprobs"][name][0] for event in events[:-1]] == whole[name]
 
 
 async def test_n_choices_of_every_prompt_and_the_best_of_more() -> None:
-    async with serving(max_best_of=4) as api:
+    async with serving() as api:
         request = body(prompt=["hello", "world"], n=2, temperature=1.0, seed=3)
         choices = (await api.post("/v1/completions", request)).json["choices"]
         assert [choice["index"] for choice in choices] == [0, 1, 2, 3]
@@ -114,7 +120,7 @@ async def test_n_choices_of_every_prompt_and_the_best_of_more() -> None:
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"suffix": ""}, "Suffix is not supported and can be achieved by preprocessing the prompt."),
+    ({"suffix": "x"}, "Suffix is not supported and can be achieved by preprocessing the prompt."),
     ({"prompt": ["a"] * 5}, "Number of prompts exceeds the maximum allowed batch size of 4"),
     ({"prompt": []}, "Empty array detected. Do not use an empty array for the prompt."),
     ({"prompt": [1, "a"]}, "prompt: Expected `str`"),
@@ -123,8 +129,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"prompt": [-1]}, "`prompt` must contain token ids >= 0"),
     ({"prompt": [[]]}, "`inputs` must have at least one token. Given: 0"),
     ({"prompt": ""}, "`inputs` cannot be empty"),
-    ({"echo": True}, "`echo` is not supported yet"),
-    ({"best_of": 1, "n": 2}, "`best_of` must be >= 2 and <= 2. Given: 1"),
+    ({"max_tokens": 0}, "`max_new_tokens` must be strictly positive"),
+    ({"n": 0}, "`n` must be >= 1 and <= 128. Given: 0"),
+    ({"n": 129}, "`n` must be >= 1 and <= 128. Given: 129"),
+    ({"best_of": 1, "n": 2}, "`best_of` must be >= 2 and <= 128. Given: 1"),
+    (
+        {"n": 65, "prompt": ["a", "b"]},
+        "`n` times the number of prompts must be <= 128. Given: 65 for 2 prompts. `--max-concurrent-requests` raises",
+    ),
     ({"best_of": 2, "stream": True}, "`best_of` > `n` is not supported when streaming tokens"),
     ({"logprobs": 6}, "`logprobs` must be >= 0 and <= 5. Given: 6"),
     ({"stop": ["a", "b", "c", "d", "e"]}, "`stop` supports up to 4 stop sequences. Given: 5"),

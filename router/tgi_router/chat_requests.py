@@ -17,6 +17,7 @@ from .errors import ToolError, ValidationError
 from .grammars import Grammar, from_response_format
 from .message import MessageParser
 from .openai_answers import check_at_most
+from .openai_requests import check_choices
 from .parameters import from_openai
 from .reasoning import ReasoningParser, is_open
 from .schemas import openai
@@ -34,7 +35,7 @@ _RESERVED = frozenset(
 def prompts(server: Server, body: openai.ChatRequest, sampling: msgspec.Struct) -> list[Prompt]:
     """What the request asks for, one prompt. Raises ValidationError, WrongShape or ToolError for what cannot be had."""
     limits = server.infer.validator.limits
-    check_at_most("n", body.n, limits.max_best_of, "--max-best-of", least=1)
+    check_choices(server, body.n)
     check_at_most("top_logprobs", body.top_logprobs, limits.max_top_n_tokens, "--max-top-n-tokens", least=0)
     if body.functions or body.function_call is not None:
         name = "functions" if body.functions else "function_call"

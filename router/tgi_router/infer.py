@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from .batcher import Batcher
 from .errors import ApiError, Bug, DeadlineExceeded, Overloaded
 from .retry_after import RetryAfter
-from .stream import Choice, Rules, Shared, Stream
+from .stream import Choice, Rules, Scoring, Shared, Stream
 from .validation import Prompt, Validator, check_streamable
 
 if TYPE_CHECKING:  # it imports opentelemetry, which only `--otlp-endpoint` needs
@@ -173,7 +173,8 @@ class Infer:
             metrics.request_input_length.observe(len(group[0].request.token_ids))
             metrics.request_max_new_tokens.observe(group[0].request.max_new_tokens)
             for one in group:
-                choice = Choice(one, stream, self.shared, rules)
+                kind = Choice if one.generates else Scoring
+                choice = kind(one, stream, self.shared, rules)
                 choice.request = self.batcher.submit(one.request, choice, call.request_id)
 
     def _cancel(self, stream: Stream) -> None:

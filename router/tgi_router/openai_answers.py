@@ -63,32 +63,6 @@ def chat_logprob(vocabulary: Vocabulary, token: GeneratedToken, num_top: int) ->
     )
 
 
-def _key(vocabulary: Vocabulary, token_id: int) -> str:
-    """A token as the key of an object: parts of characters would all be U+FFFD, so OpenAI shows their bytes."""
-    text = vocabulary.text(token_id)
-    if "\ufffd" not in text:
-        return text
-    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in vocabulary.bytes(token_id))
-
-
-def completion_logprobs(
-    vocabulary: Vocabulary, tokens: Sequence[GeneratedToken], num_top: int, offset: int = 0
-) -> openai.CompletionLogprobs:
-    """`logprobs` of a completion. offset: characters of the text before the first of `tokens`."""
-    offsets = []
-    for token in tokens:
-        offsets.append(offset)
-        offset += len(token.text)
-    return openai.CompletionLogprobs(
-        tokens=[token.text for token in tokens],
-        token_logprobs=[logprob(token.logprob) for token in tokens],
-        top_logprobs=[
-            {_key(vocabulary, token_id): logprob(value) for token_id, value in token.top[:num_top]} for token in tokens
-        ],
-        text_offset=offsets,
-    )
-
-
 def check_at_most(name: str, value: int | None, limit: int, flag: str, *, least: int) -> None:
     """Raises ValidationError when `value` is outside [least, limit]."""
     if value is not None and not least <= value <= limit:

@@ -11,7 +11,7 @@ import msgspec
 from aiohttp import web
 
 from .bodies import begin, decode, read, report_unknown
-from .errors import ApiError
+from .errors import ApiError, ValidationError
 from .infer import Call
 from .parameters import OpenAISampling
 from .schemas import openai
@@ -20,6 +20,8 @@ from .stream import Rules
 from .validation import Prompt
 
 Body = TypeVar("Body", bound=openai.Common)
+
+MAX_CHOICES = 128  # for one prompt: what OpenAI's clients may ask for; `--max-best-of` is about TGI's routes
 
 _sampling_decoder = msgspec.json.Decoder(OpenAISampling)
 
@@ -33,6 +35,20 @@ class Understood(Generic[Body]):
     call: Call
     prompts: list[Prompt]
     rules: Rules
+
+
+def check_choices(server: Server, n: int | None, *, best_of: int | None = None, num_prompts: int = 1) -> None:
+    """Raises ValidationError for too few or too many choices, also when so many can never run at once."""
+    for name, value, least in (("n", n, 1), ("best_of", best_of, n or 1)):
+        if value is not None and not least <= value <= MAX_CHOICES:
+            raise ValidationError(f"`{name}` must be >= {least} and <= {MAX_CHOICES}. Given: {value}", param=name)
+    copies, most = best_of or n or 1, server.config.max_concurrent_requests
+    if num_prompts * copies > most:
+        raise ValidationError(
+            f"`{'n' if best_of is None else 'best_of'}` times the number of prompts must be <= {most}. "
+            f"Given: {copies} for {num_prompts} prompts. `--max-concurrent-requests` raises the limit",
+            param="n" if best_of is None else "best_of",
+        )
 
 
 async def understand(

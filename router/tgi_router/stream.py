@@ -292,3 +292,17 @@ class Choice:
         """By which `best_of` chooses; a mean that is not finite is the worst."""
         mean = sum(token.logprob for token in self.tokens) / max(1, len(self.tokens))
         return mean if math.isfinite(mean) else -math.inf
+
+
+class Scoring(Choice):
+    """Of a request that only wants its prompt's log-probabilities: the one token that is sampled is not shown."""
+
+    def token(self, token: Token) -> FinishReason | None:
+        """See TokenSink."""
+        self._record_time()
+        self.finish_reason = FinishReason.LENGTH
+        self.last_token = GeneratedToken(token.id, token.logprob, text="", special=False, shown="", top=())
+        if self._rules.streaming:
+            self._stream.put(self, self.last_token)
+        self._stream.closed()
+        return self.finish_reason

@@ -123,6 +123,15 @@ class Tokenizer:
         """Ids of `text`."""
         return tuple(self._library.encode(text, add_special_tokens=add_special_tokens).ids)
 
+    def encode_with_starts(self, text: str, *, add_special_tokens: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Ids of `text`, and the character at which each begins; a token the tokenizer added begins where it stands."""
+        encoding = self._library.encode(text, add_special_tokens=add_special_tokens)
+        starts, at = [], 0
+        for start, end in encoding.offsets:
+            starts.append(start if end else at)
+            at = max(at, end)
+        return tuple(encoding.ids), tuple(starts)
+
     def tokens(self, text: str, *, add_special_tokens: bool) -> list[TextToken]:
         """Tokens of `text` with their places, as /tokenize shows them."""
         encoding = self._library.encode(text, add_special_tokens=add_special_tokens)

@@ -28,6 +28,8 @@ class Prompt:
     tokenizer. ids: tokens the client gave instead of a text.
     grammar: what the output must spell, when the route decides that (`response_format`, tools), perhaps by the prompt's
     text (which may begin the output's thoughts); else `parameters.grammar` does.
+    score: the prompt's own log-probabilities are wanted, each with so many alternatives. generates: false when nothing
+    else is wanted; the parameters' `max_new_tokens` is 1 then, because a shard's step over a whole prompt samples.
     """
 
     text: str | Callable[[], str]
@@ -35,6 +37,8 @@ class Prompt:
     add_special_tokens: bool = True
     ids: tuple[int, ...] | None = None
     grammar: Grammar | Callable[[str], Grammar | None] | None = None
+    score: int | None = None
+    generates: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +50,8 @@ class Validated:
     stop: tuple[str, ...]
     seed: int | None
     min_new_tokens: int = 0  # before so many tokens nothing but the length ends it
+    generates: bool = True  # see Prompt
+    token_starts: tuple[int, ...] | None = None  # characters of `text` at which the prompt's tokens begin, when scored
 
 
 class Validator:
@@ -61,8 +67,9 @@ class Validator:
         parameters = prompt.parameters
         round_to_f32(parameters)
         check(parameters, self.limits, after_inputs=False)
+        starts: tuple[int, ...] | None = None
         if prompt.ids is None:
-            text, ids = await self._tokenizer.run(lambda: self._tokenize(prompt))
+            text, ids, starts = await self._tokenizer.run(lambda: self._tokenize(prompt))
         else:
             check(parameters, self.limits, after_inputs=True)
             text, ids = "", prompt.ids
@@ -84,13 +91,16 @@ class Validator:
                     max_new_tokens=max_new_tokens,
                     sampling=to_proto(parameters, seed, self._end_token_ids),
                     top_n_tokens=parameters.top_n_tokens or 0,
-                    prompt_logprobs=bool(parameters.decoder_input_details),
+                    prompt_logprobs=bool(parameters.decoder_input_details) or prompt.score is not None,
+                    prompt_top_n_tokens=prompt.score or 0,
                     grammar=grammar,
                 ),
                 text=text,
                 stop=tuple(parameters.stop or ()),
                 seed=seed if samples else None,
                 min_new_tokens=parameters.min_new_tokens or 0,
+                generates=prompt.generates,
+                token_starts=starts,
             )
             for seed in seeds
         ]
@@ -104,15 +114,18 @@ class Validator:
             return ""
         raise ValidationError("grammar is not supported: it is not built yet", param=grammar.param)
 
-    def _tokenize(self, prompt: Prompt) -> tuple[str, tuple[int, ...]]:
-        """The prompt's text and tokens. On a worker thread."""
+    def _tokenize(self, prompt: Prompt) -> tuple[str, tuple[int, ...], tuple[int, ...] | None]:
+        """The prompt's text and tokens, and where these begin when it is to be scored. On a worker thread."""
         text = prompt.text() if callable(prompt.text) else prompt.text
         if not text:
             raise ValidationError("`inputs` cannot be empty", param="inputs")
         check(prompt.parameters, self.limits, after_inputs=True)
         if prompt.parameters.truncate is None:
             self._refuse_endless(text)
-        return text, self._tokenizer.encode(text, add_special_tokens=prompt.add_special_tokens)
+        if prompt.score is not None:
+            ids, starts = self._tokenizer.encode_with_starts(text, add_special_tokens=prompt.add_special_tokens)
+            return text, ids, starts
+        return text, self._tokenizer.encode(text, add_special_tokens=prompt.add_special_tokens), None
 
     def _refuse_endless(self, text: str) -> None:
         """Refuses what cannot fit by its number of characters alone, before any work is spent on it."""

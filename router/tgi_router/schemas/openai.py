@@ -92,18 +92,22 @@ class CompletionRequest(Common, kw_only=True):
     suffix: str | None = None
 
 
-Logprob = Annotated[float, Meta(description="Natural logarithm; -9999.0 stands for minus infinity.")]
+# The digits of a 32-bit float, made with float32.raw.
+Logprob = Annotated[
+    msgspec.Raw,
+    Meta(description="Natural logarithm; -9999.0 stands for minus infinity.", extra_json_schema={"type": "number"}),
+]
 
 
 class TopLogprob(Struct):
     token: str
-    logprob: msgspec.Raw
+    logprob: Logprob
     bytes: list[int]
 
 
 class ChatLogprob(Struct):
     token: str
-    logprob: msgspec.Raw
+    logprob: Logprob
     bytes: list[int]
     top_logprobs: list[TopLogprob]
 
@@ -114,9 +118,11 @@ class ChatLogprobs(Struct):
 
 
 class CompletionLogprobs(Struct):
+    """Of `echo`ed prompts, too; nothing precedes the first token, so it has null for both. text_offset: characters."""
+
     tokens: list[str]
-    token_logprobs: list[msgspec.Raw]
-    top_logprobs: list[dict[str, msgspec.Raw]]
+    token_logprobs: list[Logprob]
+    top_logprobs: list[dict[str, Logprob] | None]
     text_offset: list[int]
 
 
