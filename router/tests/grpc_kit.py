@@ -1,7 +1,7 @@
 """The router of api_kit.py with its public gRPC port, and clients made by the protobuf compiler.
 
-    async with serving() as api, client(api) as stub:
-        answer = await stub.Generate(pb.GenerateRequest(inputs="hello"))
+async with serving() as api, client(api) as stub:
+    answer = await stub.Generate(pb.GenerateRequest(inputs="hello"))
 """
 
 import contextlib
@@ -39,3 +39,16 @@ async def client(api: Api) -> AsyncIterator[Any]:
     """The generated asynchronous stub."""
     async with grpc.aio.insecure_channel(address(api)) as channel:
         yield inference_pb2_grpc.InferenceStub(channel)
+
+
+async def failure(call: Any) -> tuple[grpc.aio.AioRpcError, dict[str, Any]]:
+    """The error that `call` ends with, and its trailing metadata."""
+    try:
+        if hasattr(call, "__aiter__"):
+            async for _ in call:
+                pass
+        else:
+            await call
+    except grpc.aio.AioRpcError as error:
+        return error, dict(error.trailing_metadata() or ())
+    raise AssertionError("the call has succeeded")

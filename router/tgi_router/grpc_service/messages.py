@@ -63,9 +63,9 @@ def _parsed(text: str, path: str) -> Any:
 
 
 def unknown_fields(message: Message, path: str = "") -> list[str]:
-    """What this version of inference.proto does not know: paths whose last part is `#` and a field's number."""
+    """What this version of inference.proto does not know: paths whose last part is a field's number."""
     unknown = UnknownFieldSet(message)
-    found = [f"{path}#{unknown[index].field_number}" for index in range(len(unknown))]
+    found = [f"{path}{unknown[index].field_number}" for index in range(len(unknown))]
     for field, value in message.ListFields():
         if isinstance(value, Message):
             found += unknown_fields(value, f"{path}{field.name}.")
@@ -127,7 +127,7 @@ def chat_pieces(events: bytes) -> Iterable[pb.ChatStreamResponse]:
     """The messages of server-sent events of a chat: none, one or several."""
     for event in events.split(b"\n\n"):
         if event.startswith(_EVENT):
-            yield pb.ChatStreamResponse(**msgspec.json.decode(event[len(_EVENT) :]))
+            yield pb.ChatStreamResponse(**_said(msgspec.json.decode(event[len(_EVENT) :])))
 
 
 def _json(answer: Any) -> Any:
