@@ -16,6 +16,7 @@ from .base import CallArguments, CallBegin, CallEnd, Event, Text, merged
 from .call_object import CallObject, JsonValue, Reading
 
 _SPACE = " \t\r\n"
+_MAX_HELD = 1000  # characters of white space and of what may be an opening
 _MAX_HEADER = 200  # characters of a name and the markers behind it
 
 
@@ -122,6 +123,8 @@ class JsonCalls:
             return
         partial = max((_overlap(held, opening) for opening in shape.openings), default=0)
         shown = held[: len(held) - partial].rstrip(_SPACE)
+        if len(held) > _MAX_HELD:  # a model that writes nothing but line breaks must not cost the square of them
+            shown = held
         self._held = held[len(shown) :]
         self._show(shown)
 
