@@ -83,6 +83,7 @@ class FakeConfig:
     poison_token: int = -1  # the shard dies when it computes a row that contains this token
     error_token: int = -1  # the row fails alone when this token is computed
     disagree_at_step: int = 0  # digests of the ranks differ from here on
+    script: str = ""  # ids of the tokens every request gets, separated by spaces, then `eos`; "" = hashes decide
 
 
 class Violation(Exception):
@@ -237,6 +238,9 @@ class FakeEngine:
         position = len(row.token_ids)
         held = self.slots[self.slot(row, position - 1)]
         token = sample(held[1] if held else 0, position, row.admission.sampling, self.config.vocab)
+        if self.config.script:
+            script = [*map(int, self.config.script.split()), self.config.eos]
+            token = script[min(position - row.num_prompt_tokens, len(script) - 1)]
         row.token_ids.append(token)
         row.hashes.append(chain(row.hashes[-1], token))
         generation.token_ids.append(token)
