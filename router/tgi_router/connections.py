@@ -24,6 +24,7 @@ class Patience:
     head_s: float = 30.0  # from the first byte of a request's head, or from connecting, to the head's end
     idle_s: float = 630.0  # between requests: longer than load balancers keep theirs open, so that they close first
     write_s: float = 60.0  # for a client to read what stands in its full write buffer
+    linger_s: float = 5.0  # for a client to stop sending a body whose request is answered already
 
 
 class Connection(web.RequestHandler):
@@ -32,8 +33,13 @@ class Connection(web.RequestHandler):
     __slots__ = ("_begun", "_busy", "_head_timer", "_patience", "_write_timer")
 
     def __init__(self, manager: web.Server, patience: Patience) -> None:
-        loop = asyncio.get_running_loop()
-        super().__init__(manager, loop=loop, keepalive_timeout=patience.idle_s, access_log=None)  # type: ignore[arg-type]
+        super().__init__(
+            manager,
+            loop=asyncio.get_running_loop(),
+            keepalive_timeout=patience.idle_s,
+            lingering_time=patience.linger_s,
+            access_log=None,  # type: ignore[arg-type]
+        )
         self._patience = patience
         self._begun = False  # something has been received
         self._busy = False  # between a request's head and the end of its response
@@ -99,7 +105,11 @@ class Connection(web.RequestHandler):
         return response
 
     def _await_head(self) -> None:
-        self._head_timer = asyncio.get_running_loop().call_later(self._patience.head_s, self._cut_head)
+        self._head_timer = asyncio.get_running_loop().call_later(self._patience.head_s, self._head_is_late)
+
+    def _head_is_late(self) -> None:
+        """Looks once more in the next turn: in this one the head may have come, and its handler not begun yet."""
+        self._head_timer = asyncio.get_running_loop().call_later(0, self._cut_head)
 
     def _cut_head(self) -> None:
         level = logging.INFO if self._begun else logging.DEBUG  # browsers open connections that they may not need

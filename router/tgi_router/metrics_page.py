@@ -1,9 +1,7 @@
 """docs/reference/metrics.md, made from the declarations in metrics.py.
 
-`make docs` writes what this prints; a test compares the committed page with it.
+docs/generate.py writes it; a test compares the committed page with it.
 """
-
-import sys
 
 from .metric_types import Histogram, Metric
 from .metrics import BATCH_SIZE_BUCKETS, DURATION_BUCKETS, Metrics
@@ -45,7 +43,3 @@ def page() -> str:
     rows = [_row(metric) for metric in Metrics().all()]
     table = ["| name | type | label | buckets | meaning |", "|---|---|---|---|---|", *rows]
     return head + "\n" + "\n".join(table) + "\n"
-
-
-if __name__ == "__main__":
-    sys.stdout.write(page())

@@ -1,0 +1,350 @@
+"""Clients that are slow, too many, too large or out of time: each is refused or cut, and nobody else notices."""
+
+import asyncio
+import gzip
+import json
+import logging
+import socket
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from api_kit import Answer, Api, serving
+from tgi_router import bodies, log_context, stream
+from tgi_router.connections import Patience
+from tgi_router.errors import Overloaded
+
+HASTE = Patience(head_s=0.2, write_s=0.3, linger_s=0.1)
+LONG: dict[str, Any] = {"inputs": "hello", "parameters": {"max_new_tokens": 200}}
+CHAT = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 200}
+ROUTES = [
+    ("/generate", LONG),
+    ("/generate_stream", LONG),
+    ("/v1/chat/completions", CHAT),
+    ("/v1/chat/completions", {**CHAT, "stream": True}),
+    ("/v1/completions", {"prompt": ["hello", "world"], "max_tokens": 200}),
+    ("/v1/completions", {"prompt": "hello", "max_tokens": 200, "stream": True}),
+]
+
+
+async def connect(api: Api) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    address = urlsplit(api.url)
+    return await asyncio.open_connection(address.hostname, address.port)
+
+
+def whole_request(path: str, body: Any, **headers: str) -> bytes:
+    data = json.dumps(body).encode()
+    lines = [f"POST {path} HTTP/1.1", "host: x", "content-type: application/json", f"content-length: {len(data)}"]
+    lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + data
+
+
+async def until_closed(reader: asyncio.StreamReader) -> bytes:
+    """What still comes until the server closes the connection, in whatever way."""
+    async with asyncio.timeout(60):
+        try:
+            return await reader.read()
+        except ConnectionError:
+            return b""
+
+
+class TestSlowClients:
+    @pytest.mark.parametrize("begun", [b"", b"P", b"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-"])
+    async def test_a_head_that_does_not_arrive_whole_ends_the_connection(self, begun: bytes) -> None:
+        async with serving(patience=HASTE) as api:
+            reader, writer = await connect(api)
+            writer.write(begun)
+            assert await until_closed(reader) == b""
+            writer.close()
+
+    async def test_bytes_that_trickle_do_not_move_the_deadline(self) -> None:
+        async with serving(patience=HASTE) as api:
+            reader, writer = await connect(api)
+            closed = asyncio.create_task(until_closed(reader))
+            writer.write(b"GET / HTTP/1.1\r\nx-name: ")
+            sent = 0
+            while not closed.done():
+                writer.write(b"x")
+                sent += 1
+                await asyncio.wait((closed,), timeout=0.02)
+            assert sent > 3
+            writer.close()
+
+    async def test_the_next_head_on_a_connection_has_a_deadline_too_and_an_idle_connection_stays(self) -> None:
+        async with serving(patience=HASTE) as api:
+            reader, writer = await connect(api)
+            once = whole_request("/generate", {"inputs": "h", "parameters": {"max_new_tokens": 1}})
+            for _ in range(2):
+                writer.write(once)
+                assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200")
+                await reader.readuntil(b"}")
+                await asyncio.sleep(HASTE.head_s * 1.5)  # idle for longer than a head may take
+            writer.write(once[:20])
+            assert await until_closed(reader) == b""
+            writer.close()
+
+    async def test_a_request_that_runs_for_long_is_not_cut_by_the_deadline_of_its_head(self) -> None:
+        async with serving(patience=HASTE, step_ms=20.0) as api:
+            answer = await api.post("/generate", {"inputs": "h", "parameters": {"max_new_tokens": 20}})
+            assert answer.status == 200
+
+    async def test_a_body_that_does_not_arrive_is_a_408_and_ends_the_connection(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(bodies, "READ_DEADLINE_S", 0.1)
+        async with serving(patience=HASTE) as api:
+            for path in ("/generate", "/v1/completions"):
+                reader, writer = await connect(api)
+                writer.write(whole_request(path, LONG)[:-10])
+                head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 60)
+                assert head.startswith(b"HTTP/1.1 408")
+                assert b"The body did not arrive within" in await until_closed(reader)
+                writer.close()
+            assert api.server.infer.num_running == 0
+
+    @pytest.mark.parametrize("path", ["/generate", "/generate_stream"])
+    async def test_a_client_that_reads_nothing_is_cut_whatever_is_left_to_generate(
+        self, path: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level(logging.INFO)
+        async with serving(
+            patience=HASTE, max_model_tokens=4000, num_blocks=4000, check=False, max_top_n_tokens=100
+        ) as api:
+            api.send_buffer(8192)
+            loop = asyncio.get_running_loop()
+            with socket.socket() as client:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                client.setblocking(False)
+                await loop.sock_connect(client, (urlsplit(api.url).hostname, urlsplit(api.url).port))
+                parameters = {"max_new_tokens": 200, "top_n_tokens": 100, "details": True}
+                await loop.sock_sendall(client, whole_request(path, {"inputs": "hello", "parameters": parameters}))
+                async with asyncio.timeout(60):
+                    while "its client has read nothing" not in caplog.text:  # noqa: ASYNC110
+                        await asyncio.sleep(0.01)
+                await api.idle()
+                other = await api.post("/generate", {"inputs": "h", "parameters": {"max_new_tokens": 1}})
+                assert other.status == 200
+
+    async def test_what_one_stream_may_hold_is_bounded_and_others_go_on(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(stream, "MAX_UNREAD_TOKENS", 300)
+        async with serving(max_model_tokens=4000, num_blocks=4000, check=False) as api:
+            api.send_buffer(8192)
+            loop = asyncio.get_running_loop()
+            with socket.socket() as client:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                client.setblocking(False)
+                await loop.sock_connect(client, (urlsplit(api.url).hostname, urlsplit(api.url).port))
+                body = {"inputs": "hello", "parameters": {"max_new_tokens": 3900, "top_n_tokens": 5}}
+                await loop.sock_sendall(client, whole_request("/generate_stream", body))
+                async with asyncio.timeout(60):
+                    while not api.server.batcher._core.running:  # noqa: ASYNC110  nothing announces it
+                        await asyncio.sleep(0.001)
+                greedy = api.server.batcher._core.running[0].sink._stream  # type: ignore[attr-defined]
+                most = 0
+                while api.server.infer.num_running:
+                    most = max(most, len(greedy._unread))
+                    answer = await api.post("/generate", {"inputs": "h", "parameters": {"max_new_tokens": 3}})
+                    assert answer.json == {"generated_text": api.expected_text("h", 3)}
+                assert 0 < most <= 301
+            assert api.server.metrics.request_cancelled.get() == 1
+
+
+class TestBytes:
+    async def test_a_body_that_grows_when_it_is_unpacked_is_limited_by_what_it_becomes(self) -> None:
+        async with serving(payload_limit=10_000) as api:
+            headers = {"content-type": "application/json", "content-encoding": "gzip"}
+            bomb = gzip.compress(b'{"inputs": "' + b"x" * 5_000_000)
+            answer = await api.request("POST", "/generate", data=bomb, headers=headers)
+            assert answer.status == 413
+            small = gzip.compress(json.dumps({"inputs": "h", "parameters": {"max_new_tokens": 1}}).encode())
+            assert (await api.request("POST", "/generate", data=small, headers=headers)).status == 200
+
+    async def test_bytes_that_are_no_request_get_an_error_in_json_and_one_line(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level(logging.INFO)
+        async with serving() as api:
+            for number, garbage in enumerate(
+                (b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n", b"GET / HTTP/9\r\n\r\n"), start=1
+            ):
+                reader, writer = await connect(api)
+                writer.write(garbage)
+                answer = await until_closed(reader)
+                assert answer.startswith(b"HTTP/1.")
+                assert b" 400 " in answer.split(b"\r\n")[0]
+                error = json.loads(answer.split(b"\r\n\r\n", 1)[1])
+                assert (list(error), error["error_type"]) == (["error", "error_type"], "validation")
+                assert caplog.text.count("Refused bytes that are no HTTP request") == number
+                writer.close()
+            assert all(record.levelno <= logging.INFO for record in caplog.records)
+
+
+class TestDeadlines:
+    @pytest.mark.parametrize(("path", "body"), ROUTES, ids=[f"{path} {sorted(body)}" for path, body in ROUTES])
+    async def test_a_request_is_answered_when_its_time_is_over_and_its_generation_ends(
+        self, path: str, body: dict[str, Any]
+    ) -> None:
+        async with serving(step_ms=20.0) as api:  # 4 s for 200 tokens
+            answer = await api.post(path, body, headers={"x-request-timeout": "0.3"})
+            await api.idle()
+            streamed = answer.headers["content-type"] == "text/event-stream"
+            if streamed:
+                assert answer.status == 200
+                error = next(event for event in answer.events if "error" in event)
+                assert answer.events[-1] == ("[DONE]" if path.startswith("/v1") else error)
+            else:
+                assert answer.status == 504
+                assert answer.headers["x-should-retry"] == "false"
+                error = answer.json
+            assert error["error_type"] == "timeout"
+            assert "within 0.3 seconds, its `x-request-timeout`" in str(error)
+            assert api.group.servers[0].engine.num_computed_tokens < 300
+            metrics = api.server.metrics
+            assert (metrics.request_failure.get("timeout"), metrics.request_success.get()) == (1, 0)
+
+    async def test_it_counts_while_a_request_waits_and_while_its_body_is_on_its_way(self) -> None:
+        async with serving(max_rows=1) as api:
+            brake = api.group.servers[0].may_answer = asyncio.Event()
+            first = asyncio.create_task(api.post("/generate", {"inputs": "h", "parameters": {"max_new_tokens": 2}}))
+            late = await api.post("/generate", LONG, headers={"x-request-timeout": "0.1"})
+            assert late.status == 504
+            brake.set()
+            assert (await first).status == 200
+            reader, writer = await connect(api)
+            writer.write(whole_request("/generate", LONG, x_request_timeout="0.1")[:-5])
+            assert (await asyncio.wait_for(reader.readuntil(b"\r\n"), 60)).startswith(b"HTTP/1.1 504")
+            writer.close()
+
+    async def test_one_that_is_done_in_time_has_its_whole_answer(self) -> None:
+        async with serving() as api:
+            for path in ("/generate", "/generate_stream"):
+                body = {"inputs": "hello", "parameters": {"max_new_tokens": 5}}
+                answer = await api.post(path, body, headers={"x-request-timeout": "60"})
+                last = answer.json if path == "/generate" else answer.events[-1]
+                assert last["generated_text"] == api.expected_text("hello", 5)
+
+    @pytest.mark.parametrize("given", ["soon", "0", "-1", "nan", "inf", ""])
+    async def test_a_time_that_is_none_is_refused_by_name(self, given: str) -> None:
+        async with serving() as api:
+            answer = await api.post("/generate", LONG, headers={"x-request-timeout": given})
+            assert (answer.status, answer.json["error_type"]) == (422, "validation")
+            assert "`x-request-timeout` must be a number of seconds > 0" in answer.json["error"]
+
+
+class TestRetryAfter:
+    async def test_a_refused_client_is_told_when_a_permit_is_likely_to_be_back(self) -> None:
+        async with serving(max_concurrent_requests=1) as api:
+            api.server.infer._retry_after.returned(held_s=7.5)  # what the last request took
+            brake = api.group.servers[0].may_answer = asyncio.Event()
+            task = asyncio.create_task(api.post("/generate", {"inputs": "h", "parameters": {"max_new_tokens": 2}}))
+            while not api.server.infer.num_running:  # noqa: ASYNC110  nothing announces it
+                await asyncio.sleep(0.001)
+            told = [(await api.post("/generate", LONG)).headers["retry-after"] for _ in range(2)]
+            assert told == ["8", "15"]  # the second stands behind the first
+            api.server.draining = True
+            refused = await api.post("/generate", LONG)
+            assert (refused.status, refused.headers["retry-after"]) == (503, "8")
+            brake.set()
+            assert (await task).status == 200
+
+    def test_nothing_measured_is_a_second(self) -> None:
+        assert Overloaded().retry_after_s == 1
+
+
+class TestIds:
+    async def test_every_line_about_a_request_carries_its_id(
+        self, caplog: pytest.LogCaptureFixture, tmp_path: Path
+    ) -> None:
+        (tmp_path / "key").write_text("k")
+        caplog.set_level(logging.INFO)
+        caplog.handler.addFilter(log_context.ContextFilter())
+        async with serving() as api:
+            bad = api.encode("Z", special=False)[0]
+        async with serving(error_token=bad, api_key_file=str(tmp_path / "key"), payload_limit=1000) as api:
+            api.http.headers["authorization"] = "Bearer k"
+            ids: list[str] = []
+
+            async def ask(body: Any, **options: Any) -> Answer:
+                ids.append(f"id-{len(ids)}")
+                headers = {"x-request-id": ids[-1], **options.pop("headers", {})}
+                answer = await api.request("POST", "/generate", headers=headers, json=body, **options)
+                assert answer.headers["x-request-id"] == ids[-1]
+                return answer
+
+            statuses = [
+                (await ask({"inputs": "h", "parameters": {"max_new_tokens": 1}})).status,
+                (await ask({"inputs": "Z"})).status,
+                (await ask({"inputs": ""})).status,
+                (await ask({})).status,
+                (await ask({"inputs": "h" * 2000})).status,
+                (await ask({}, headers={"authorization": "Bearer guessed"})).status,
+            ]
+            assert statuses == [200, 424, 422, 422, 413, 401]
+            await api.idle()
+        lines = [vars(record) for record in caplog.records if "request_id" in vars(record)]
+        assert [line["request_id"] for line in lines] == ids  # one line each
+        assert [line["levelname"] for line in lines] == ["INFO", "ERROR", "INFO", "INFO", "INFO", "INFO"]
+        assert lines[-1]["path"] == "/generate"
+        assert "guessed" not in caplog.text
+
+    async def test_a_mistake_of_ours_is_logged_with_the_id_that_its_client_was_given(
+        self, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        caplog.handler.addFilter(log_context.ContextFilter())
+        async with serving() as api:
+
+            def broken(*args: object, **options: object) -> None:
+                raise RuntimeError("secret")
+
+            monkeypatch.setattr(api.server.tokenizer, "encode", broken)
+            answer = await api.post("/generate", LONG)
+            record = next(record for record in caplog.records if record.exc_info)
+            assert vars(record)["request_id"] == answer.headers["x-request-id"]
+            assert api.server.metrics.request_failure.get("generation") == 1
+
+
+class TestOrigins:
+    async def test_a_preflight_allows_the_headers_a_page_asks_for(self) -> None:
+        async with serving(cors_allow_origin=("https://a.example",)) as api:
+            asked = {
+                "origin": "https://a.example",
+                "access-control-request-method": "POST",
+                "access-control-request-headers": "Authorization, content-type,x-stainless-os",
+            }
+            answer = await api.request("OPTIONS", "/v1/chat/completions", headers=asked)
+            assert answer.status == 200
+            assert answer.headers["access-control-allow-origin"] == "https://a.example"
+            assert answer.headers["access-control-allow-methods"] == "GET,POST"
+            assert answer.headers["access-control-allow-headers"] == "authorization, content-type,x-stainless-os"
+            assert answer.headers["access-control-max-age"] == "600"
+            assert answer.headers["vary"] == "origin, access-control-request-method, access-control-request-headers"
+            other = await api.request(
+                "OPTIONS", "/v1/chat/completions", headers={**asked, "origin": "https://b.example"}
+            )
+            assert "access-control-allow-origin" not in other.headers
+
+    async def test_what_is_no_list_of_names_is_not_repeated(self) -> None:
+        async with serving() as api:
+            headers = {"access-control-request-headers": "x y<script>"}
+            answer = await api.request("OPTIONS", "/generate", headers=headers)
+            assert answer.headers["access-control-allow-headers"] == "content-type,authorization"
+
+    async def test_a_page_may_read_our_headers_and_those_of_errors(self) -> None:
+        async with serving() as api:
+            for body, status in [({"inputs": "h", "parameters": {"max_new_tokens": 1}}, 200), ({"inputs": ""}, 422)]:
+                answer = await api.post("/generate", body, headers={"origin": "https://a.example"})
+                assert answer.status == status
+                assert answer.headers["access-control-allow-origin"] == "*"
+                assert answer.headers["access-control-expose-headers"] == "*"
+
+
+async def test_paths_that_were_opened_need_no_key_to_be_read(tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("k")
+    config: dict[str, Any] = {"api_key_file": str(tmp_path / "key"), "open_path": ("/metrics", "/tokenize")}
+    async with serving(**config, aip_health_route="/alive") as api:
+        assert (await api.get("/metrics")).status == 200
+        assert (await api.get("/info")).status == 401
+        assert (await api.post("/tokenize", {"inputs": "h"})).status == 401  # only reading is opened
+        assert (await api.get("/alive")).status != 401
+        assert (await api.get("/metrics/")).status == 401
