@@ -316,10 +316,6 @@ def test_a_wrong_body_is_a_json_error(
 
 
 def test_what_is_not_built_yet_is_refused_by_name(server: Server) -> None:
-    grammar = {"type": "regex", "value": "[0-9]+"}
-    response = server.post("/generate", {"inputs": PROMPT, "parameters": {"grammar": grammar}})
-    assert response.status == 422
-    assert "grammar" in response.json["error"]
     response = server.post("/generate", {"inputs": PROMPT, "parameters": {"adapter_id": "nobody"}})
     assert response.status == 422
     assert "`adapter_id`" in response.json["error"]

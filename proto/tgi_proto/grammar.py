@@ -32,7 +32,7 @@ def load_tokenizer(model_dir: Path, vocab_size: int, eos_token_ids: Sequence[int
     from llguidance import LLTokenizer
 
     path = str(model_dir / "tokenizer.json")
-    ends = list(eos_token_ids) or None
+    ends = [token_id for token_id in eos_token_ids if token_id < vocab_size] or None
     own = LLTokenizer(path, eos_token=ends)
     return own if own.vocab_size >= vocab_size else LLTokenizer(path, n_vocab=vocab_size, eos_token=ends)
 

@@ -98,7 +98,6 @@ TABLE: list[tuple[dict[str, Any], str]] = [
         {"inputs": "Z" * 24, "max_new_tokens": 1},
         "`inputs` must have less than 20 tokens. Given: 25" + RAISES.format("--max-input-tokens"),
     ),
-    ({"grammar": {"type": "regex", "value": "a"}}, "grammar is not supported: it is not built yet"),
     (
         {"adapter_id": "x"},
         "`adapter_id` 'x' is unknown: no adapters are loaded, and loading them is not built yet",

@@ -40,6 +40,7 @@ def build(server: Server) -> web.Application:
     app[docs.DOCUMENTS] = {}
     app.add_routes(routes)
     app.on_response_prepare.append(_add_common_headers)
+    app.on_cleanup.append(_close)
     return app
 
 
@@ -62,6 +63,10 @@ def build_metrics(server: Server) -> web.Application:
     app[SERVER] = server
     app.router.add_get("/metrics", info.metrics)
     return app
+
+
+async def _close(app: web.Application) -> None:
+    await app[SERVER].infer.validator.grammars.close()
 
 
 @web.middleware

@@ -26,6 +26,7 @@ from .chat_template import ChatTemplate
 from .config import RouterConfig
 from .connections import Runner
 from .errors import StartupError
+from .grammar_compiler import GrammarCompiler, Trial
 from .infer import Infer
 from .metrics import Metrics
 from .parameters import Limits
@@ -109,7 +110,7 @@ async def start(config: RouterConfig, batcher: Batcher, metrics: Metrics) -> Ser
     eos_token_ids = tokenizer.eos_token_ids(batcher.info.eos_token_ids)
     infer = Infer(
         batcher,
-        Validator(tokenizer, limits, eos_token_ids),
+        Validator(tokenizer, limits, eos_token_ids, _grammars(config, batcher)),
         Shared(tokenizer.vocabulary, eos_token_ids, metrics),
         config.max_concurrent_requests,
     )
@@ -129,6 +130,13 @@ def _start_tracing(config: RouterConfig) -> "Tracing | None":
 
     release = version("text-generation-inference")
     return Tracing(config.otlp_endpoint, config.otlp_service_name, release, config.model_id)
+
+
+def _grammars(config: RouterConfig, batcher: Batcher) -> GrammarCompiler:
+    if config.disable_grammar_support:
+        return GrammarCompiler(None)
+    info = batcher.info
+    return GrammarCompiler(Trial(Path(config.model_dir), info.vocab_size, tuple(info.eos_token_ids)))
 
 
 def _load_texts(config: RouterConfig) -> tuple[Tokenizer, ChatTemplate]:

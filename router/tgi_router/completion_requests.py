@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from .errors import BatchSizeExceeded, SuffixNotSupported, ValidationError, WrongShape
+from .grammars import from_response_format
 from .openai_answers import check_at_most
 from .openai_requests import check_choices
 from .parameters import from_openai
@@ -20,7 +21,6 @@ def prompts(server: Server, body: openai.CompletionRequest, sampling: msgspec.St
     """One for each prompt. Raises ApiError for what cannot be had."""
     if body.suffix:
         raise SuffixNotSupported()
-    body.refuse()
     given = _several(body.prompt)
     if len(given) > server.config.max_client_batch_size:
         raise BatchSizeExceeded(server.config.max_client_batch_size)
@@ -29,6 +29,7 @@ def prompts(server: Server, body: openai.CompletionRequest, sampling: msgspec.St
     check_at_most("logprobs", body.logprobs, limits.max_top_n_tokens, "--max-top-n-tokens", least=0)
     if body.stream and (body.best_of or 1) > (body.n or 1):
         raise ValidationError("`best_of` > `n` is not supported when streaming tokens", param="best_of")
+    grammar = from_response_format(body.response_format)
     generates = not (body.echo and body.max_tokens == 0)
     wanted = {"stop": body.stops, "top_n_tokens": body.logprobs, "max_new_tokens": body.max_tokens if generates else 1}
     return [
@@ -37,6 +38,7 @@ def prompts(server: Server, body: openai.CompletionRequest, sampling: msgspec.St
             parameters=from_openai(sampling, limits, **wanted),
             ids=_known(prompt, limits.vocab_size) if isinstance(prompt, tuple) else None,
             score=body.logprobs if body.echo else None,
+            grammar=grammar,
             generates=generates,
         )
         for prompt in given

@@ -12,9 +12,9 @@ from typing import Any, Literal
 import msgspec
 
 from .errors import ValidationError
+from .json_schemas import MAX_REGEX_SIZE, problem, regex_size
 
 MAX_BYTES = 256 << 10  # of a schema or regular expression
-MAX_DEPTH = 100  # nested objects and arrays in a schema
 
 # A schema with none of these says nothing about the output; TGI insisted on the first.
 _TELLING = frozenset(
@@ -45,18 +45,35 @@ class Grammar:
 
 def from_json_schema(schema: dict[str, Any], param: str = "grammar") -> Grammar:
     """JSON that is valid against `schema`. Raises ValidationError when the schema is too large or too deep."""
-    _check_depth(schema, param)
+    check_schema(schema, param)
     return _sized(Grammar("json_schema", json.dumps(schema, ensure_ascii=False, separators=(",", ":")), param))
 
 
 def from_regex(regex: str, param: str = "grammar") -> Grammar:
     """Text that matches `regex` as a whole. Raises ValidationError when it is too large."""
-    return _sized(Grammar("regex", regex, param))
+    grammar = _sized(Grammar("regex", regex, param))
+    size = regex_size(regex)
+    if size > MAX_REGEX_SIZE:
+        raise ValidationError(
+            f"`{param}` has {size} characters when its repetitions are written out; at most {MAX_REGEX_SIZE} may be",
+            param=param,
+        )
+    return grammar
 
 
 def from_lark(lark: str, param: str = "grammar") -> Grammar:
-    """Text that llguidance's Lark describes; `%json {...}` embeds a schema. Raises ValidationError when too large."""
+    """Text that llguidance's Lark describes; schemas in `%json {...}` must have passed `check_schema`.
+
+    Raises ValidationError when it is too large.
+    """
     return _sized(Grammar("lark", lark, param))
+
+
+def check_schema(schema: dict[str, Any], param: str = "grammar") -> None:
+    """Raises ValidationError when a client's schema is too costly to look at."""
+    found = problem(schema)
+    if found is not None:
+        raise ValidationError(f"`{param}` {found}", param=param)
 
 
 def from_tgi(given: GivenGrammar, param: str = "grammar") -> Grammar:
@@ -121,20 +138,6 @@ def _telling(schema: dict[str, Any], param: str) -> dict[str, Any]:
     if _TELLING.isdisjoint(schema):
         raise ValidationError("grammar is not valid: Grammar must have a 'properties' field", param=param)
     return schema
-
-
-def _check_depth(schema: Any, param: str) -> None:
-    level = [schema]
-    for _ in range(MAX_DEPTH):
-        level = [
-            child
-            for node in level
-            for child in (node.values() if isinstance(node, dict) else node)
-            if isinstance(child, dict | list)
-        ]
-        if not level:
-            return
-    raise ValidationError(f"`{param}` must be nested at most {MAX_DEPTH} levels deep", param=param)
 
 
 def _sized(grammar: Grammar) -> Grammar:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from .errors import ValidationError
+from .grammar_compiler import GrammarCompiler
 from .grammars import Grammar, from_tgi
 from .parameters import U64_MAX, GenerateParameters, Limits, check, round_to_f32, to_proto
 from .request import ValidRequest
@@ -57,7 +58,15 @@ class Validated:
 class Validator:
     """Holds the limits and the tokenizer."""
 
-    def __init__(self, tokenizer: Tokenizer, limits: Limits, eos_token_ids: Iterable[int] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        limits: Limits,
+        eos_token_ids: Iterable[int] = (),
+        grammars: GrammarCompiler | None = None,
+    ) -> None:
+        """grammars: None = every grammar is refused."""
+        self.grammars = grammars or GrammarCompiler(None)
         self._tokenizer = tokenizer
         self._end_token_ids = sorted(token_id for token_id in eos_token_ids if token_id < limits.vocab_size)
         self.limits = limits
@@ -110,9 +119,7 @@ class Validator:
         grammar = prompt.grammar(text) if callable(prompt.grammar) else prompt.grammar
         if grammar is None and prompt.parameters.grammar is not None:
             grammar = from_tgi(prompt.parameters.grammar)
-        if grammar is None:
-            return ""
-        raise ValidationError("grammar is not supported: it is not built yet", param=grammar.param)
+        return "" if grammar is None else await self.grammars.compile(grammar)
 
     def _tokenize(self, prompt: Prompt) -> tuple[str, tuple[int, ...], tuple[int, ...] | None]:
         """The prompt's text and tokens, and where these begin when it is to be scored. On a worker thread."""

@@ -1,7 +1,7 @@
 """Requests and responses of /v1/*: OpenAI's API with TGI's extra fields. `null` means absent everywhere.
 
 Sampling parameters are not listed here: they come from the table in parameters.py (`OpenAISampling`), decoded from the
-same body. A field that is known and not built yet is refused by name (`Unbuilt`), never ignored.
+same body.
 """
 
 from typing import Annotated, Any, Literal
@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from ..errors import ValidationError
 from ..parameters import U32
 
 FinishReasonName = Literal["stop", "length"]
@@ -21,22 +20,8 @@ class StreamOptions(Struct, kw_only=True):
     continuous_usage_stats: bool | None = None
 
 
-class Unbuilt(Struct, kw_only=True):
-    """Fields that are part of the API and not built yet. A neutral value (absent, zero, empty) passes."""
-
-    response_format: dict[str, Any] | None = None
-
-    def refuse(self) -> None:
-        """Raises ValidationError naming the first such field that asks for something."""
-        kind = "text" if self.response_format is None else self.response_format.get("type")
-        if kind != "text":
-            raise ValidationError(
-                f"`response_format` of type {kind!r} is not supported yet: only 'text' is", param="response_format"
-            )
-
-
-class Common(Unbuilt, kw_only=True):
-    """What chat and completions share."""
+class Common(Struct, kw_only=True):
+    """What chat and completions share. response_format: see grammars.from_response_format."""
 
     model: str | None = None
     max_tokens: U32 | None = None
@@ -46,6 +31,7 @@ class Common(Unbuilt, kw_only=True):
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
+    response_format: dict[str, Any] | None = None
     user: str | None = None
 
     @property
