@@ -179,6 +179,8 @@ async def serving(
                     send_buffer=lambda size: listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size),
                 )
         finally:
+            if server.tracing is not None:
+                await asyncio.to_thread(server.tracing.stop)
             await batcher.stop()
             await host.close()
             await group.stop()

@@ -75,7 +75,7 @@ async def _around_every_request(request: web.Request, handler: Handler) -> web.S
     server = request.app[SERVER]
     request[REQUEST_ID] = request_id(request.headers.get("x-request-id", ""))
     if server.tracing is None:
-        log_context.enter(request_id=request[REQUEST_ID])
+        log_context.enter(request_id=request[REQUEST_ID], path=request.path)
         return await _respond(request, handler, server)
     return await _traced(request, handler, server)
 
@@ -84,12 +84,12 @@ async def _traced(request: web.Request, handler: Handler, server: Server) -> web
     """`_respond` within a span. Probes are left out: they come every second and say nothing."""
     resource = request.match_info.route.resource
     if server.tracing is None or request.method != "POST" or resource is None:
-        log_context.enter(request_id=request[REQUEST_ID])
+        log_context.enter(request_id=request[REQUEST_ID], path=request.path)
         return await _respond(request, handler, server)
     route = resource.canonical
     attributes = {"http.request.method": request.method, "url.path": request.path, "http.route": route}
     trace = request[TRACE] = server.tracing.begin(f"{request.method} {route}", request.headers, attributes)
-    log_context.enter(request_id=request[REQUEST_ID], trace_id=trace.trace_id)
+    log_context.enter(request_id=request[REQUEST_ID], path=request.path, trace_id=trace.trace_id)
     status = None
     try:
         response = await _respond(request, handler, server)
@@ -138,7 +138,7 @@ def _take_deadline(request: web.Request) -> None:
 def _refusal(request: web.Request, server: Server, error: ApiError) -> web.Response:
     response = error_response(request, error)
     if not error.logged and error.error_type != "healthcheck":  # infer.py's have their line; probes need none
-        fields = {"status": response.status, "method": request.method, "path": request.path, "client": request.remote}
+        fields = {"status": response.status, "method": request.method, "client": request.remote}
         logger.info("Refused: %s", error.message, extra=fields)
     if server.draining:
         response.force_close()

@@ -1,4 +1,4 @@
-"""Which request a log line belongs to: its `request_id`, and its `trace_id` while tracing is on.
+"""Which request a log line belongs to: its `request_id` and path, and its `trace_id` while tracing is on.
 
 app.py sets the context when a request begins; every record logged by its task, or by a task made from it, carries the
 fields. The batcher's loop serves all requests at once, so it passes `extra={"request_id": ...}` itself, which wins.

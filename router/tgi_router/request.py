@@ -38,7 +38,6 @@ class ShardWork(NamedTuple):
 
     num_steps: int = 0
     forward_ns: int = 0  # model and sampling
-    total_ns: int = 0  # steps decoded to answers encoded
 
 
 class TokenSink(Protocol):

@@ -279,8 +279,7 @@ class Scheduler:
         plan = self._in_flight.popleft()
         if response.step != plan.step:
             raise Bug(f"Step {plan.step} was answered with step {response.step}. This is a bug.")
-        steps, forward_ns, total_ns = self._work
-        self._work = ShardWork(steps + 1, forward_ns + response.forward_ns, total_ns + response.total_ns)
+        self._work = ShardWork(self._work.num_steps + 1, self._work.forward_ns + response.forward_ns)
         outcome = Outcome([], [])
         errors = {error.request_id: error.message for error in response.errors}
         generations = {generation.request_id: generation for generation in response.generations}

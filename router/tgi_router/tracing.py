@@ -209,7 +209,6 @@ class Trace:
             "network.transport": "unix",
             "tgi.shard.steps": work[1].num_steps - work[0].num_steps,
             "tgi.shard.forward_time_s": (work[1].forward_ns - work[0].forward_ns) / 1e9,
-            "tgi.shard.total_time_s": (work[1].total_ns - work[0].total_ns) / 1e9,
         }
         parent = set_span_in_context(phase)
         span = self._tracing.start(f"{_SHARD_SERVICE}/{method}", parent, SpanKind.CLIENT, self._ns(start_s), attributes)
