@@ -9,7 +9,7 @@ import inspect
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, Literal, TypeVar, get_type_hints
 
 import msgspec
 from aiohttp import web
@@ -22,6 +22,8 @@ from .schemas.errors import OpenAIErrorResponse
 
 Json = dict[str, Any]
 H = TypeVar("H", bound=Callable[..., Any])
+
+Speaks = Literal["tgi", "openai", "both"]
 
 _REF = "#/components/schemas/{name}"
 _BODY_ERRORS: tuple[type[ApiError], ...] = (
@@ -49,6 +51,7 @@ class Operation:
     events: tuple[Any, ...] = ()
     generates: bool = False
     fails: tuple[type[ApiError], ...] = ()
+    speaks: Speaks | None = None
     example: Any = None
 
 
@@ -62,6 +65,7 @@ def describe(
     events: Sequence[Any] = (),
     generates: bool = False,
     fails: Sequence[type[ApiError]] = (),
+    speaks: Speaks | None = None,
     example: Any = None,
 ) -> Callable[[H], H]:
     """Decorates a handler with what its docstring does not say.
@@ -69,7 +73,8 @@ def describe(
     body: what its JSON body may be: structs, or tuples of structs whose fields it has all. parts: structs that the
     body's schema refers to without holding them. answer: what the 200 answer may be, nothing = empty. events: what an
     event may be, when it can stream. generates: any error of a generation can come. fails: errors of its own, which
-    come only where they are named. example: a body that works.
+    come only where they are named. speaks: whose errors it answers with, when the path does not say so. example: a body
+    that works.
     """
     operation = Operation(
         tag,
@@ -80,6 +85,7 @@ def describe(
         tuple(events),
         generates,
         tuple(fails),
+        speaks,
         example,
     )
 
@@ -108,7 +114,8 @@ def document(routes: Sequence[web.RouteDef], version: str, base: str = "/") -> J
         if item["operationId"] in names:
             item["operationId"] += "_" + re.sub(r"\W+", "_", route.path.strip("/") or "root")
         names.add(item["operationId"])
-        paths.setdefault(route.path, {})[route.method.lower()] = item
+        path = re.sub(r"\{(\w+):[^}]*\}", r"{\1}", route.path)  # aiohttp's patterns are no part of OpenAPI's
+        paths.setdefault(path, {})[route.method.lower()] = item
     return {
         "openapi": "3.1.0",
         "info": {
@@ -237,13 +244,23 @@ def _failures(
         possible.update(dict.fromkeys(_BODY_ERRORS))
     if operation.generates:
         possible.update((error, None) for error in all_errors() if error not in special)
-    speaks_openai = route.path.startswith("/v1/")
+    speaks = operation.speaks or ("openai" if route.path.startswith("/v1/") else "tgi")
     by_status: dict[int, list[str]] = {}
     for error in possible:
-        status = error.openai_status if speaks_openai and error.openai_status is not None else error.status
+        statuses = {
+            "tgi": [error.status],
+            "openai": [error.openai_status or error.status],
+            "both": [error.status, error.openai_status or error.status],
+        }
         first_line = inspect.cleandoc(error.__doc__ or error.__name__).partition("\n")[0]
-        by_status.setdefault(status, []).append(f"`{error.error_type}`: {first_line}")
-    schema = refs[OpenAIErrorResponse if speaks_openai else tgi.ErrorResponse]
+        for status in statuses[speaks]:
+            by_status.setdefault(status, []).append(f"`{error.error_type}`: {first_line}")
+    objects: dict[Speaks, list[type]] = {
+        "tgi": [tgi.ErrorResponse],
+        "openai": [OpenAIErrorResponse],
+        "both": [tgi.ErrorResponse, OpenAIErrorResponse],
+    }
+    schema = _any_of([refs[one] for one in objects[speaks]])
     return {
         str(status): {
             "description": "\n\n".join(dict.fromkeys(lines)),

@@ -41,6 +41,7 @@ _fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
     answer=[list[tgi.GenerateResponse], openai.ChatCompletion, openai.Completion],
     events=[tgi.StreamResponse, ChatChunk, CompletionChunk, tgi.ErrorResponse, OpenAIErrorResponse],
     generates=True,
+    speaks="both",
     fails=[TemplateError, ToolError, SuffixNotSupported, BatchSizeExceeded],
     example={"inputs": "def fibonacci(n):", "parameters": {"max_new_tokens": 20}},
 )

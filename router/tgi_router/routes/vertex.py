@@ -38,6 +38,7 @@ _CHAT_IN_VAIN = ("stream", "stream_options", "n", "logprobs", "top_logprobs", "i
     body=[VertexRequest],
     parts=[VertexInstance, openai.ChatRequest],
     answer=[VertexResponse],
+    speaks="tgi",
     fails=[NoInstances, IncompletePrediction, TemplateError, ToolError],
     example={"instances": [{"inputs": "def fibonacci(n):", "parameters": {"max_new_tokens": 20}}]},
 )
