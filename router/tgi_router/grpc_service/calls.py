@@ -1,15 +1,14 @@
 """What holds for every call, whatever its method: id, deadline, refusal while draining, counting, failures.
 
-A behaviour (methods.py) gets a parsed message and gives messages back; it raises ApiError like a REST route. Messages
-are parsed and written here rather than by gRPC, so that a broken one is the caller's INVALID_ARGUMENT and not our
-INTERNAL. Used by listening.py.
+A behaviour (methods.py) gets a parsed message and returns or writes messages; it raises ApiError like a REST route.
+Messages are parsed and written here rather than by gRPC, so that a broken one is the caller's INVALID_ARGUMENT and not
+our INTERNAL. Used by listening.py.
 """
 
 import asyncio
-import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
@@ -34,8 +33,7 @@ T = TypeVar("T")
 Context = Any  # grpc.aio.ServicerContext, for which grpc has no types
 Handler = Any  # grpc.RpcMethodHandler
 Whole = Callable[[Any, Call], Awaitable[Message]]
-Stall = Callable[[], None]  # ends the call, because its client does not read
-Streamed = Callable[[Any, Call, Stall], AsyncGenerator[Message, None]]
+Streamed = Callable[[Any, Call, "Writer"], Awaitable[None]]
 
 PATIENCE_S = 60.0  # for a client to read a message
 ALWAYS_ANSWERED = ("Info",)  # also while draining, like REST's GET routes
@@ -72,10 +70,8 @@ class Calls:
         async def handle(data: bytes, context: Context) -> None:
             async def work(call: Call) -> None:
                 request = await self._accept(method, data, context, call)
-                with _Writer(context) as writer:
-                    async with contextlib.aclosing(behaviour(request, call, writer.stall)) as messages:
-                        async for message in messages:
-                            await writer.write(message)
+                with Writer(context) as writer:
+                    await behaviour(request, call, writer)
 
             await self._run(method, context, work)
 
@@ -95,6 +91,8 @@ class Calls:
             result = await work(call)
             status = grpc.StatusCode.OK
             return result
+        except ConnectionError as gone:  # nobody listens any more; gRPC expects this then
+            raise asyncio.CancelledError from gone
         except Exception as failure:
             error = presentable(failure)
             status = code(error)
@@ -108,7 +106,10 @@ class Calls:
             fields = {"status": code(error).name, "method": method.full_name, "client": context.peer()}
             logger.info("Refused: %s", error.message, extra=fields)
         trailing = (("x-request-id", call.request_id), *trailing_metadata(error))
-        return await context.abort(code(error), sentence(error), trailing)  # type: ignore[no-any-return]
+        try:
+            return await context.abort(code(error), sentence(error), trailing)  # type: ignore[no-any-return]
+        except grpc.aio.InternalError as gone:
+            raise asyncio.CancelledError from gone
 
     def _trace(self, method: MethodDescriptor, metadata: dict[str, Any]) -> "Trace | None":
         tracing = self._server.tracing
@@ -143,7 +144,7 @@ def _deadline(context: Context) -> Deadline | None:
     return None if left_s is None else Deadline(left_s, time.monotonic() + left_s)
 
 
-class _Writer:
+class Writer:
     """Writes a stream's messages, and ends its call with ClientTooSlow when the client does not read them."""
 
     def __init__(self, context: Context) -> None:
@@ -153,13 +154,17 @@ class _Writer:
         self._stalled = False
         self._loop = asyncio.get_running_loop()
 
-    def __enter__(self) -> "_Writer":
+    def __enter__(self) -> "Writer":
         self._timer = self._loop.call_later(PATIENCE_S, self._look)
         return self
 
     async def write(self, message: Message) -> None:
+        """Raises ConnectionResetError when the client has left."""
         self._writing_since_s = time.monotonic()
-        await self._context.write(message.SerializeToString())
+        try:
+            await self._context.write(message.SerializeToString())
+        except grpc.aio.InternalError as error:
+            raise ConnectionResetError("the client has left") from error
         self._writing_since_s = None
 
     def stall(self) -> None:

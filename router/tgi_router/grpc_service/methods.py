@@ -4,8 +4,6 @@ A message becomes the route's body (messages.py) and is decoded by the route's d
 made by the route's functions. So everything that a route learns, its gRPC method knows, too. Used by listening.py.
 """
 
-from collections.abc import AsyncGenerator
-
 import msgspec
 from google.protobuf.message import Message
 from tgi_proto import inference_pb2 as pb
@@ -22,7 +20,7 @@ from ..server import Server
 from ..stream import Rules
 from ..validation import Prompt
 from . import messages
-from .calls import Stall
+from .calls import Writer
 
 _generate_decoder = msgspec.json.Decoder(tgi.GenerateRequest)
 
@@ -44,16 +42,14 @@ class Methods:
             await stream.finish()
         return messages.generated(whole_answer(server, inputs, parameters, stream.choices))
 
-    async def generate_stream(
-        self, request: pb.GenerateRequest, call: Call, stall: Stall
-    ) -> AsyncGenerator[Message, None]:
+    async def generate_stream(self, request: pb.GenerateRequest, call: Call, writer: Writer) -> None:
         """See POST /generate_stream."""
         server = self._server
         inputs, parameters = self._asked(request)
         vocabulary = server.tokenizer.vocabulary
         index = 0
         async with server.infer.open([Prompt(inputs, parameters)], Rules(streaming=True), call) as stream:
-            stream.on_stall = stall
+            stream.on_stall = writer.stall
             while (batch := await stream.next()) is not None:
                 for choice, token in batch:
                     index += 1
@@ -62,7 +58,7 @@ class Methods:
                         message.generated_text = (inputs if parameters.return_full_text else "") + choice.text
                         if parameters.details:
                             message.details.CopyFrom(messages.stream_details(choice))
-                    yield message
+                    await writer.write(message)
 
     def _asked(self, request: pb.GenerateRequest) -> tuple[str, GenerateParameters]:
         body = decode(messages.body(request), _generate_decoder)
@@ -79,17 +75,17 @@ class Methods:
         message: Message = messages.message_of(pb.ChatResponse, answer.whole(stream.choices))
         return message
 
-    async def chat_stream(self, request: pb.ChatRequest, call: Call, stall: Stall) -> AsyncGenerator[Message, None]:
+    async def chat_stream(self, request: pb.ChatRequest, call: Call, writer: Writer) -> None:
         """See POST /v1/chat/completions with `stream`."""
         answer, opened = chat.begin_answer(self._understood(request, call, streams=True))
         async with opened as stream:
-            stream.on_stall = stall
+            stream.on_stall = writer.stall
             while (batch := await stream.next()) is not None:
                 for choice, token in batch:
                     for message in messages.chat_pieces(answer.render(choice, token)):
-                        yield message
+                        await writer.write(message)
             for message in messages.chat_pieces(answer.last(stream.choices)):
-                yield message
+                await writer.write(message)
 
     def _understood(self, request: pb.ChatRequest, call: Call, *, streams: bool) -> Understood[openai.ChatRequest]:
         self._server.metrics.request_count.inc()
