@@ -148,7 +148,7 @@ async def serving(
     """changes: fields of RouterConfig or of FakeConfig. model: fields of tokenizer_config.json."""
     shard_names = {field.name for field in fields(FakeConfig)}
     shard = {name: value for name, value in changes.items() if name in shard_names}
-    router = {name: value for name, value in changes.items() if name not in shard_names}
+    router = {"model_id": "tiny"} | {name: value for name, value in changes.items() if name not in shard_names}
     with tempfile.TemporaryDirectory(prefix="tgi-") as folder:
         # no end of sequence unless a test asks for one: the fake draws every id
         defaults = FakeConfig(vocab=VOCAB - 1, eos=VOCAB + 7, num_blocks=256, max_model_tokens=256)
@@ -156,7 +156,6 @@ async def serving(
         await group.start()
         config = RouterConfig(
             model_dir=str(write_model(Path(folder) / "model", **{"eos_token": None, **(model or {})})),
-            model_id="tiny",
             master_shard_uds_path=group.master_path,
             **router,
         )

@@ -82,10 +82,10 @@ async def test_every_example_works_and_is_answered_as_described(path: str, examp
         await api.idle()
 
 
-@pytest.mark.parametrize("path", [route.path for route, _ in DESCRIBED if route.method == "GET"])
+@pytest.mark.parametrize("path", [path for path, methods in DOCUMENT["paths"].items() if "get" in methods])
 async def test_what_is_got_is_as_described(path: str) -> None:
     async with serving() as api:
-        answer = await api.get(re.sub(r"\{\w+\}", "x", path))
+        answer = await api.get(re.sub(r"\{\w+\}", "tiny", path))
         assert answer.status == 200
         content = DOCUMENT["paths"][path]["get"]["responses"]["200"].get("content")
         if content is None:

@@ -18,7 +18,7 @@ from .bodies import IGNORED_PARAMS, error_response
 from .config import RouterConfig
 from .errors import ApiError, PayloadTooLarge, ShuttingDown, Unauthorized, ValidationError, presentable
 from .infer import Deadline
-from .routes import chat, completions, docs, generate, info, kserve, sagemaker, tokenize, vertex
+from .routes import chat, completions, docs, generate, info, kserve, models, sagemaker, tokenize, vertex
 from .server import DEADLINE, REQUEST_ID, SERVER, TRACE, Server, request_id
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ def build(server: Server) -> web.Application:
 
 def route_table(config: RouterConfig) -> list[web.RouteDef]:
     """Every route, in the order of the served document."""
-    modules = (generate, chat, completions, tokenize, info, sagemaker, vertex, kserve, docs)
+    modules = (generate, chat, completions, models, tokenize, info, sagemaker, vertex, kserve, docs)
     table = [route for module in modules for route in module.routes if isinstance(route, web.RouteDef)]
     asked = ((config.aip_predict_route, web.post, vertex.vertex), (config.aip_health_route, web.get, info.health))
     for path, method, handler in asked:

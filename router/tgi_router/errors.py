@@ -189,6 +189,18 @@ class Unauthorized(ApiError):
         super().__init__("The API key is missing or wrong. Send it as `Authorization: Bearer <key>`.")
 
 
+class ModelNotFound(ApiError):
+    """GET /v1/models/{id} with an id that no model has."""
+
+    status = 404
+    error_type = "not_found"
+    openai_type = "invalid_request_error"
+    openai_code = "model_not_found"
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"The model {name!r} does not exist. GET /v1/models lists what there is.", param="model")
+
+
 class Overloaded(ApiError):
     """No permit left of `--max-concurrent-requests`."""
 

@@ -1,4 +1,4 @@
-"""What the server says about itself: /, /health, /ping, /info, /metrics, /v1/models."""
+"""What the server says about itself: /, /health, /ping, /info, /metrics."""
 
 from aiohttp import web
 
@@ -8,7 +8,6 @@ from ..errors import Unhealthy
 from ..metrics import CONTENT_TYPE
 from ..openapi import describe
 from ..schemas import tgi
-from ..schemas.models import Model, ModelList
 from ..server import ROUTER_NAME, SERVER, Server
 
 routes = web.RouteTableDef()
@@ -68,11 +67,3 @@ def facts(server: Server) -> tgi.Info:
 async def metrics(request: web.Request) -> web.Response:
     """Prometheus text."""
     return web.Response(body=request.app[SERVER].metrics.exposition().encode(), headers={"content-type": CONTENT_TYPE})
-
-
-@routes.get("/v1/models")
-@describe("OpenAI", answer=[ModelList])
-async def models(request: web.Request) -> web.Response:
-    """The one model, in OpenAI's shape."""
-    model_id = request.app[SERVER].config.model_id
-    return json_response(ModelList("list", [Model(model_id, "model", 0, model_id)]))
