@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -119,6 +120,33 @@ def test_cpu_is_reference(
     torch.testing.assert_close(kv, expected_kv, equal_nan=True)
 
 
+SCORES: dict[str, dict[str, Any]] = {
+    "softcap": {"softcap": 1.5},
+    "alibi": {"alibi_slopes": (0.5, 0.25, 0.3, 0.01, 1.0, 0.06)},
+    "both": {"softcap": 2.5, "alibi_slopes": (0.5, 0.25, 0.3, 0.01, 1.0, 0.06)},
+}
+
+
+@pytest.mark.parametrize("window", [None, 1, 6, 16])
+@pytest.mark.parametrize("scores", SCORES.values(), ids=list(SCORES))
+@pytest.mark.parametrize("kv_heads", [6, 2])
+@pytest.mark.parametrize("table", ["scattered", "two runs"])
+@pytest.mark.parametrize("step", STEPS)
+def test_cpu_is_reference_with_softcap_and_alibi(
+    step: str, table: str, kv_heads: int, scores: dict[str, Any], window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, size in (("VIEW_TOKENS", 8), ("GATHER_TOKENS", 12), ("WINDOW_CHUNK", 11), ("BIAS_CHUNK", 5)):
+        monkeypatch.setattr(cpu, name, size)
+    case = Case(step, table, AttentionSpec(6, kv_heads, 20, scale=0.3, window=window, **scores))
+    torch.testing.assert_close(case.run(CpuAttention())[0], case.run(ReferenceAttention())[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("scores", SCORES.values(), ids=list(SCORES))
+def test_cpu_is_reference_with_softcap_and_alibi_in_half_precision(scores: dict[str, Any]) -> None:
+    case = Case("mixed", "two runs", AttentionSpec(6, 2, 20, scale=0.3, window=20, **scores), torch.bfloat16)
+    torch.testing.assert_close(case.run(CpuAttention())[0], case.run(ReferenceAttention())[0], atol=2e-2, rtol=2e-2)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("step", STEPS)
 def test_cpu_is_reference_in_half_precision(step: str, dtype: torch.dtype) -> None:
@@ -129,7 +157,7 @@ def test_cpu_is_reference_in_half_precision(step: str, dtype: torch.dtype) -> No
 def test_long_contexts_are_read_in_place_and_short_runs_are_gathered() -> None:
     size, long, short = 16, [*range(100, 132)], [7, 5, 90]
     batch = batch_of([1], [35 * size], [[*short, *long]], size)
-    (chunk,) = CpuAttention().plan(batch, [SPECS["grouped"]])[None]
+    (chunk,) = CpuAttention().plan(batch, [SPECS["grouped"]])[SPECS["grouped"]]
     gathered, view = chunk.past
     assert gathered.blocks is not None
     assert gathered.blocks.tolist() == short
@@ -138,7 +166,8 @@ def test_long_contexts_are_read_in_place_and_short_runs_are_gathered() -> None:
 
 def test_blocks_outside_the_window_are_not_read() -> None:
     batch = batch_of([1, 8], [1000, 1000], [[*range(250)], [*range(250, 500)]], 4)
-    for chunk in CpuAttention().plan(batch, [replace(SPECS["grouped"], window=64)])[64]:
+    spec = replace(SPECS["grouped"], window=64)
+    for chunk in CpuAttention().plan(batch, [spec])[spec]:
         pieces = [*chunk.past, *([chunk.edge[0]] if chunk.edge else [])]
         assert sum(piece.length for piece in pieces) <= 64 + chunk.length
 
@@ -148,16 +177,17 @@ def test_the_first_backend_without_objections_is_chosen_and_the_others_reasons_a
 ) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # in its interpreter Triton serves the CPU as well
     caplog.set_level("INFO", "tgi_shard.attention")
-    spec = AttentionSpec(4, 4, 16, scale=0.25, softcap=30.0)
-    assert attention.choose(None, [spec], CPU, torch.float32, 16).name == "reference"
-    assert "cpu is not used: torch's CPU kernel has no softcap" in caplog.text
     assert attention.choose(None, [SPECS["grouped"]], CPU, torch.float32, 16).name == "cpu"
+    assert "triton is not used: it computes on CUDA devices, not on cpu" in caplog.text
+    monkeypatch.setattr(CpuAttention, "objections", lambda *_: ["it is resting"])
+    assert attention.choose(None, [SPECS["grouped"]], CPU, torch.float32, 16).name == "reference"
+    assert "cpu is not used: it is resting" in caplog.text
     assert attention.choose("reference", [SPECS["grouped"]], CPU, torch.float32, 16).name == "reference"
 
 
 def test_a_backend_that_cannot_serve_the_model_is_refused_with_the_reason() -> None:
     spec = AttentionSpec(1, 1, 16, scale=0.25, alibi_slopes=(0.5,))
-    with pytest.raises(StartError, match=r"`--attention cpu` cannot serve this model: .*ALiBi"):
-        attention.choose("cpu", [spec], CPU, torch.float32, 16)
+    with pytest.raises(StartError, match=r"`--attention triton` cannot serve this model: it computes on CUDA"):
+        attention.choose("triton", [spec], CPU, torch.float32, 16)
     with pytest.raises(StartError, match=f"'paged'; this server has {', '.join(attention.BACKENDS)}"):
         attention.choose("paged", [spec], CPU, torch.float32, 16)

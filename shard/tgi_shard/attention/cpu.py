@@ -11,10 +11,13 @@ Several query tokens (a prompt chunk) at positions p0 .. p1-1, with window W:
                     `edge`: anti-causal   | `past`: seen by all   | causal, read from k and v themselves
 
 Chunks longer than W-1 tokens are cut, so that the three never overlap. Without a window there is no edge.
+
+ALiBi is a bias that depends on the head and the key's position alone: what the query's position adds is the same for
+all its scores, so softmax does not see it. Torch's kernel has no soft cap; `_capped` computes such scores itself.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -26,6 +29,7 @@ from .base import AttentionBatch, AttentionSpec
 VIEW_TOKENS = 256  # a run this long is worth a kernel call of its own
 GATHER_TOKENS = 1024  # most tokens copied at a time
 WINDOW_CHUNK = 512  # most query tokens at a time under a window: the edge's mask is its square
+BIAS_CHUNK = 256  # and where a mask of that size is needed for every head, or the scores themselves are held
 
 _flash = torch._scaled_dot_product_flash_attention_for_cpu  # -> (out, log-sum-exp)
 
@@ -37,6 +41,7 @@ class Piece:
     start: int
     length: int
     blocks: Tensor | None = None  # [n] int32, to gather; None = read the pool in place
+    bias: Tensor | None = None  # [H, length] float32, added to the scores (ALiBi)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +54,21 @@ class Chunk:
     # The oldest positions that any query sees, with the mask [length, piece's length] of 0 and -inf. One piece, because
     # a query that sees nothing of a piece has no log-sum-exp in torch's kernel.
     edge: tuple[Piece, Tensor] | None
+    bias: Tensor | None = None  # [H, this length] float32, of the chunk's own keys
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """What decides how a step is cut into chunks and pieces."""
+
+    window: int | None
+    longest: int | None  # queries in a chunk
+    slopes: tuple[float, ...] | None
+
+    @classmethod
+    def of(cls, spec: AttentionSpec) -> "Cut":
+        is_plain = spec.softcap is None and spec.alibi_slopes is None
+        return cls(spec.window, None if is_plain else BIAS_CHUNK, spec.alibi_slopes)
 
 
 class CpuAttention:
@@ -58,16 +78,13 @@ class CpuAttention:
         found = []
         if device.type != "cpu":
             found.append(f"it computes on the CPU, not on {device.type}")
-        if spec.softcap is not None:
-            found.append("torch's CPU kernel has no softcap")
-        if spec.alibi_slopes is not None:
-            found.append("torch's CPU kernel has no ALiBi")
         return found
 
-    def plan(self, batch: AttentionBatch, specs: list[AttentionSpec]) -> dict[int | None, list[Chunk]]:
-        """What to read, for each distinct window of the model."""
-        windows = dict.fromkeys(spec.window for spec in specs)
-        return {window: _plan_window(batch, window) for window in windows}
+    def plan(self, batch: AttentionBatch, specs: list[AttentionSpec]) -> dict[AttentionSpec, list[Chunk]]:
+        """What to read; cut once for all specs that are cut alike."""
+        cuts = dict.fromkeys(Cut.of(spec) for spec in specs)
+        chunks = {cut: [_biased(chunk, cut) for chunk in _plan_cut(batch, cut)] for cut in cuts}
+        return {spec: chunks[Cut.of(spec)] for spec in specs}
 
     def forward(
         self,
@@ -76,20 +93,26 @@ class CpuAttention:
         v: Tensor,
         kv: tuple[Tensor, Tensor],
         batch: AttentionBatch,
-        plan: dict[int | None, list[Chunk]],
+        plan: dict[AttentionSpec, list[Chunk]],
         spec: AttentionSpec,
     ) -> Tensor:
         num_tokens, num_kv_heads, dim = k.shape
         key_slots, value_slots = (cache.view(-1, num_kv_heads, dim) for cache in kv)  # [slots, K, D]
         key_slots.index_copy_(0, batch.slots, k)
         value_slots.index_copy_(0, batch.slots, v)
-        pool = _Pool(kv, key_slots.transpose(0, 1).unsqueeze(0), value_slots.transpose(0, 1).unsqueeze(0), spec.scale)
+        pool = _Pool(
+            blocks=kv,
+            keys=key_slots.transpose(0, 1).unsqueeze(0),
+            values=value_slots.transpose(0, 1).unsqueeze(0),
+            scale=spec.scale,
+            softcap=spec.softcap,
+        )
         grouped = q.view(num_tokens, num_kv_heads, -1, dim)  # [T, K, G, D]
         outputs = []
-        for chunk in plan[spec.window]:
+        for chunk in plan[spec]:
             rows = slice(chunk.start, chunk.start + chunk.length)
             if chunk.length == 1:
-                outputs.append(_merge([_attend(grouped[rows], piece, pool) for piece in chunk.past]))
+                outputs.append(_merge([_attend_one(grouped[rows], piece, pool) for piece in chunk.past]))
             else:
                 outputs.append(_attend_chunk(grouped[rows], k[rows], v[rows], chunk, pool))
         return torch.cat(outputs).view(num_tokens, -1, dim)
@@ -103,6 +126,22 @@ class _Pool:
     keys: Tensor
     values: Tensor
     scale: float
+    softcap: float | None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> "_Partial":
+        """q `[B, H, n, D]`, k and v `[B, H, m, D]`; mask: added to the scores."""
+        if self.softcap is not None:
+            return _capped(q, k, v, mask, self.scale, self.softcap)
+        partial: _Partial = _flash(q, k, v, attn_mask=mask, scale=self.scale)
+        return partial
+
+    def attend_causally(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> "_Partial":
+        """As many queries as keys; bias: added to the scores, `[B, H, 1, n]`."""
+        if self.softcap is None and bias is None:
+            partial: _Partial = _flash(q, k, v, is_causal=True, scale=self.scale)
+            return partial
+        mask = torch.full((q.shape[-2],) * 2, float("-inf")).triu_(1)
+        return self.attend(q, k, v, mask if bias is None else mask + bias)
 
     def read(self, piece: Piece) -> tuple[Tensor, Tensor]:
         """Keys and values of a piece, each `[1, K, length, D]`."""
@@ -117,11 +156,20 @@ class _Pool:
 _Partial = tuple[Tensor, Tensor]
 
 
-def _attend(rows: Tensor, piece: Piece, pool: _Pool) -> _Partial:
-    """Rows `[1, K, n, D]` attend to all of a piece."""
+def _attend_one(rows: Tensor, piece: Piece, pool: _Pool) -> _Partial:
+    """One query's heads `[1, K, G, D]` attend to all of a piece."""
     keys, values = pool.read(piece)
-    partial: _Partial = _flash(rows, keys, values, scale=pool.scale)
-    return partial
+    bias = None if piece.bias is None else piece.bias.view(*rows.shape[:3], piece.length)
+    return pool.attend(rows, keys, values, bias)
+
+
+def _capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float) -> _Partial:
+    """What the kernel computes, with scores softcap * tanh(scores / softcap), in float32."""
+    scores = (q.float() @ k.float().transpose(-1, -2)).mul_(scale / softcap).tanh_().mul_(softcap)
+    if mask is not None:
+        scores += mask
+    lse = scores.logsumexp(-1)
+    return ((scores - lse.unsqueeze(-1)).exp_() @ v.float()).to(q.dtype), lse
 
 
 def _merge(partials: Sequence[_Partial]) -> Tensor:
@@ -141,25 +189,56 @@ def _attend_chunk(q: Tensor, k: Tensor, v: Tensor, chunk: Chunk, pool: _Pool) ->
     def shared(x: Tensor) -> Tensor:  # [K, m, D] -> [K, G, m, D], no copy
         return x.unsqueeze(1).expand(num_kv_heads, group, x.shape[1], dim)
 
+    def biased(bias: Tensor | None) -> Tensor | None:  # [H, m] -> [K, G, 1, m]
+        return None if bias is None else bias.view(num_kv_heads, group, 1, -1)
+
     own_k, own_v = shared(k.transpose(0, 1)), shared(v.transpose(0, 1))
-    partials: list[_Partial] = [_flash(heads_first, own_k, own_v, is_causal=True, scale=pool.scale)]
+    partials = [pool.attend_causally(heads_first, own_k, own_v, biased(chunk.bias))]
     if chunk.past:
         rows = heads_first.reshape(1, num_kv_heads, group * length, dim)
-        for piece in chunk.past:
-            out, lse = _attend(rows, piece, pool)
-            partials.append((out.view(heads_first.shape), lse.view(heads_first.shape[:-1])))
+    for piece in chunk.past:
+        keys, values = pool.read(piece)
+        if piece.bias is not None:
+            partials.append(pool.attend(heads_first, shared(keys[0]), shared(values[0]), biased(piece.bias)))
+            continue
+        out, lse = pool.attend(rows, keys, values)
+        partials.append((out.view(heads_first.shape), lse.view(heads_first.shape[:-1])))
     if chunk.edge is not None:
         piece, mask = chunk.edge
         keys, values = pool.read(piece)
-        partials.append(_flash(heads_first, shared(keys[0]), shared(values[0]), attn_mask=mask, scale=pool.scale))
+        bias = biased(piece.bias)
+        mask = mask if bias is None else mask + bias
+        partials.append(pool.attend(heads_first, shared(keys[0]), shared(values[0]), mask))
     return _merge(partials).permute(2, 0, 1, 3)
 
 
-def _plan_window(batch: AttentionBatch, window: int | None) -> list[Chunk]:
-    chunks, row = [], 0
+def _biased(chunk: Chunk, cut: Cut) -> Chunk:
+    """The chunk with the ALiBi of its keys: `slope * (position - the chunk's first position)`, over [H, keys]."""
+    if cut.slopes is None:
+        return chunk
+    slopes = torch.tensor(cut.slopes)[:, None]
+
+    def bias(first: int, length: int) -> Tensor:
+        return slopes * torch.arange(first, first + length, dtype=torch.float32)
+
+    # What is before the chunk ends where it begins; a single query's own key is part of its past.
+    first = (1 if chunk.length == 1 else 0) - sum(piece.length for piece in chunk.past)
+    edge, past = chunk.edge, []
+    if edge is not None:
+        edge = (replace(edge[0], bias=bias(first - edge[0].length, edge[0].length)), edge[1])
+    for piece in chunk.past:
+        past.append(replace(piece, bias=bias(first, piece.length)))
+        first += piece.length
+    return replace(chunk, past=past, edge=edge, bias=bias(0, chunk.length))
+
+
+def _plan_cut(batch: AttentionBatch, cut: Cut) -> list[Chunk]:
+    chunks, row, window = [], 0, cut.window
     for request, (num_queries, context) in enumerate(zip(batch.query_lengths, batch.context_lengths, strict=True)):
         past = context - num_queries
-        longest = num_queries if window is None or context <= window else max(1, min(WINDOW_CHUNK, window - 1))
+        longest = num_queries if cut.longest is None else min(num_queries, cut.longest)
+        if window is not None and context > window:
+            longest = max(1, min(longest, WINDOW_CHUNK, window - 1))
         for first in range(0, num_queries, longest):
             length = min(longest, num_queries - first)
             chunks.append(_plan_chunk(batch, request, row + first, past + first, length, window))
