@@ -242,6 +242,18 @@ async def test_a_collector_that_comes_back_is_told_once(
     assert caplog.text.count("Traces are lost") == caplog.text.count("takes traces again") == 1
 
 
+async def test_a_collector_that_never_answers_does_not_hold_up_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tgi_router.tracing.EXPORT_TIMEOUT_S", 600.0)
+    monkeypatch.setattr("tgi_router.tracing.STOP_S", 0.1)
+    silent = await asyncio.start_server(lambda reader, writer: reader.read(), "127.0.0.1", 0)
+    port = silent.sockets[0].getsockname()[1]
+    async with serving(otlp_endpoint=f"http://127.0.0.1:{port}") as api:
+        assert (await api.post("/generate", BODY)).status == 200
+        async with asyncio.timeout(60):
+            await flush(api)
+    silent.close()
+
+
 @pytest.mark.parametrize("endpoint", ["", "http://", "ftp://c:4317"])
 def test_an_endpoint_that_is_no_address_is_refused_at_start(endpoint: str) -> None:
     with pytest.raises(StartupError, match="`--otlp-endpoint` is "):

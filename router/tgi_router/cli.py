@@ -116,6 +116,7 @@ async def start(config: RouterConfig, batcher: Batcher, metrics: Metrics) -> Ser
     )
     if not tokenizer.vocabulary.is_bytes:
         logger.info("The tokenizer's ids are not bytes: text is decoded in a window, which costs more per token")
+    logger.info("Traces go to %s as %s", config.otlp_endpoint, config.otlp_service_name)
     release = version("text-generation-inference")
     server = Server(config, api_key, batcher, infer, metrics, tokenizer, template, model_dialect, release)
     server.tracing = tracing
