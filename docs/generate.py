@@ -13,7 +13,6 @@ from typing import Any
 from tgi_launcher.flags import SECTIONS, Kind, specs
 from tgi_router import metrics_page
 from tgi_router.app import route_table
-from tgi_router.config import RouterConfig
 from tgi_router.openapi import document
 
 Json = dict[str, Any]
@@ -58,7 +57,7 @@ def flags_page() -> str:
 
 def api_page() -> str:
     """Routes by tag, then every struct they read or write."""
-    whole = document(route_table(RouterConfig(model_dir="", model_id="")), "")
+    whole = document(route_table(None), "")
     lines = [API_HEAD]
     operations = [(path, method, item) for path, methods in whole["paths"].items() for method, item in methods.items()]
     for tag in whole["tags"]:

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +11,11 @@ import pytest
 from api_kit import Api, serving
 from jsonschema import Draft202012Validator
 from tgi_router import app
-from tgi_router.config import RouterConfig
 from tgi_router.openapi import document, operation_of
 
 Json = dict[str, Any]
 TGIS = Path(__file__).parents[3] / "shared" / "reference" / "tgi-openapi.json"
-TABLE = app.route_table(RouterConfig(model_dir="", model_id=""))
+TABLE = app.route_table(None)
 DESCRIBED = [(route, found) for route in TABLE if (found := operation_of(route.handler)) is not None]
 DOCUMENT = document(TABLE, "0")
 EXAMPLES = [(route.path, found.example) for route, found in DESCRIBED if found.body]
@@ -207,3 +208,10 @@ async def test_the_page_is_whole_and_loads_nothing_from_elsewhere() -> None:
             assert "default-src 'none'" in answer.headers["content-security-policy"]
         for name in ("../app.py", "%2e%2e/__init__.py", "swagger-ui.js", "nope"):
             assert (await api.get(f"/docs/{name}")).status == 404
+
+
+def test_the_router_prints_the_document_as_tgis_does() -> None:
+    script = Path(sys.executable).with_name("text-generation-router")
+    done = subprocess.run([script, "print-schema"], capture_output=True, text=True, timeout=120, check=True)
+    assert json.loads(done.stdout)["paths"] == DOCUMENT["paths"]
+    assert done.stdout.startswith('{\n  "openapi"')

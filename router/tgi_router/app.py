@@ -44,10 +44,12 @@ def build(server: Server) -> web.Application:
     return app
 
 
-def route_table(config: RouterConfig) -> list[web.RouteDef]:
-    """Every route, in the order of the served document."""
+def route_table(config: RouterConfig | None) -> list[web.RouteDef]:
+    """Every route, in the order of the served document. config: None = without those that it adds."""
     modules = (generate, chat, completions, models, tokenize, info, sagemaker, vertex, kserve, docs)
     table = [route for module in modules for route in module.routes if isinstance(route, web.RouteDef)]
+    if config is None:
+        return table
     asked = ((config.aip_predict_route, web.post, vertex.vertex), (config.aip_health_route, web.get, info.health))
     for path, method, handler in asked:
         if path is not None:

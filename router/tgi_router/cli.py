@@ -20,7 +20,7 @@ from aiohttp import web
 from tgi_proto import logs
 from tgi_proto.argv import from_argv
 
-from . import app, chat_template, dialect, log_context
+from . import app, chat_template, dialect, log_context, openapi
 from .batcher import Batcher
 from .chat_template import ChatTemplate
 from .config import RouterConfig
@@ -42,7 +42,13 @@ logger = logging.getLogger("tgi_router")
 
 
 def main() -> None:
-    """Exit code 0 after a signal, 1 when the configuration or the model does not allow to serve, 2 for wrong flags."""
+    """Exit code 0 after a signal, 1 when the configuration or the model does not allow to serve, 2 for wrong flags.
+
+    `text-generation-router print-schema` writes the OpenAPI document instead, as TGI's does.
+    """
+    if sys.argv[1:] == ["print-schema"]:
+        sys.stdout.write(openapi.pretty(app.route_table(None), _version()))
+        return
     config = from_argv(RouterConfig, sys.argv[1:], prog=ROUTER_NAME)
     logs.setup("tgi_router", config.log_level)
     log_context.install()
@@ -51,6 +57,10 @@ def main() -> None:
     except StartupError as error:
         logger.error("%s", error)
         sys.exit(1)
+
+
+def _version() -> str:
+    return version("text-generation-inference")
 
 
 def _run(config: RouterConfig) -> None:
@@ -117,7 +127,7 @@ async def start(config: RouterConfig, batcher: Batcher, metrics: Metrics) -> Ser
     if not tokenizer.vocabulary.is_bytes:
         logger.info("The tokenizer's ids are not bytes: text is decoded in a window, which costs more per token")
     logger.info("Traces go to %s as %s", config.otlp_endpoint, config.otlp_service_name)
-    release = version("text-generation-inference")
+    release = _version()
     server = Server(config, api_key, batcher, infer, metrics, tokenizer, template, model_dialect, release)
     server.tracing = tracing
     return server
@@ -129,7 +139,7 @@ def _start_tracing(config: RouterConfig) -> "Tracing | None":
         return None
     from .tracing import Tracing  # half a second of imports that nobody else needs
 
-    release = version("text-generation-inference")
+    release = _version()
     return Tracing(config.otlp_endpoint, config.otlp_service_name, release, config.model_id)
 
 

@@ -6,6 +6,7 @@ reference page from it.
 """
 
 import inspect
+import json
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -133,6 +134,11 @@ def document(routes: Sequence[web.RouteDef], version: str, base: str = "/") -> J
         },
         "tags": [{"name": tag} for tag in dict.fromkeys(operation.tag for _, operation in described)],
     }
+
+
+def pretty(routes: Sequence[web.RouteDef], version: str) -> str:
+    """The document as text for people and for files."""
+    return json.dumps(document(routes, version), indent=2, ensure_ascii=False) + "\n"
 
 
 def _types(operations: Sequence[Operation]) -> list[Any]:
