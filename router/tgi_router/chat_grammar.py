@@ -6,13 +6,16 @@
 As Lark source for llguidance. Pure. Called by chat_requests.py; compiled like every other grammar.
 """
 
+import json
 from collections.abc import Sequence
+from typing import Any
 
 from .dialect import Dialect
-from .grammars import Grammar, from_json_schema, from_lark
+from .grammars import Grammar, check_schema, from_lark
+from .json_schemas import closed
 from .reasoning import Marks
 from .tools.base import Tool
-from .tools.grammar import ANYTHING, CallableTool, TokenId, closed, marker, rules, until
+from .tools.grammar import ANYTHING, CallableTool, TokenId, marker, rules, until
 from .tools.offer import Offer
 
 
@@ -36,13 +39,21 @@ def answer_grammar(
 
 
 def _checked(tools: Sequence[Tool]) -> list[CallableTool]:
-    return [CallableTool(tool.name, from_json_schema(closed(tool.parameters), "tools").text) for tool in tools]
+    """Raises ValidationError."""
+    for tool in tools:
+        check_schema(tool.parameters, "tools")
+    return [CallableTool(tool.name, _schema({"type": "object", **tool.parameters})) for tool in tools]
+
+
+def _schema(schema: dict[str, Any]) -> str:
+    """A client's schema as one that stands alone is compiled (grammar_trial.py): closed, with little white space."""
+    return json.dumps({**closed(schema), "x-guidance": {"whitespace_pattern": "[ ]?"}}, ensure_ascii=False)
 
 
 def _embedded(grammar: Grammar) -> str:
     """A schema or regular expression within Lark."""
     if grammar.kind == "json_schema":
-        return f"%json {grammar.text}"
+        return f"%json {_schema(json.loads(grammar.text))}"
     return "/" + grammar.text.replace("\\/", "/").replace("/", "\\/") + "/"
 
 

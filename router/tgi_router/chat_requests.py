@@ -86,9 +86,12 @@ def _rendering(server: Server, body: openai.ChatRequest, tools: Offer | None) ->
 def _grammar(
     server: Server, body: openai.ChatRequest, tools: Offer | None
 ) -> Grammar | Callable[[str], Grammar | None] | None:
-    """What the answer must spell; where the model thinks first, that depends on the prompt. Raises ValidationError."""
+    """What the answer must spell; where the model thinks first, that depends on the prompt. Raises ValidationError.
+
+    Without grammars (`--disable-grammar-support`) tools can be offered all the same: calls that are none stay text.
+    """
     response = from_response_format(body.response_format)
-    if response is None and (tools is None or not tools.forced):
+    if response is None and tools is not None and not tools.forced and server.config.disable_grammar_support:
         return None
     dialect = server.dialect
     marks = dialect.marks

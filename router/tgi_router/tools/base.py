@@ -4,7 +4,7 @@ A `ToolFormat` is how one kind of model writes its calls: a parser that finds th
 grammar that forces them. Formats are registered in __init__.py; requests.py reads tools out of requests.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -52,7 +52,7 @@ class Tool:
     """A function the model may call. parameters: JSON schema of its arguments."""
 
     name: str
-    parameters: Mapping[str, Any]
+    parameters: dict[str, Any]
 
 
 class Places(NamedTuple):

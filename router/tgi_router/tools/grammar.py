@@ -6,9 +6,8 @@ text it may be spelled out in other tokens, too. Called by chat_grammar.py.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from .base import ToolFormat
 
@@ -69,9 +68,3 @@ def marker(text: str, token_id: TokenId) -> str:
     """A marker as Lark source."""
     number = token_id(text)
     return json.dumps(text) if number is None else f"<[{number}]>"
-
-
-def closed(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """`schema` of an object; where it only lists properties, there are no others, as in TGI."""
-    closes = "additionalProperties" not in schema and not schema.keys() & {"$ref", "allOf", "anyOf", "oneOf"}
-    return {"type": "object", **schema, **({"additionalProperties": False} if closes else {})}
