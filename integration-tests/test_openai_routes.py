@@ -149,19 +149,6 @@ def test_an_error_has_openais_object_and_tgis_type(server: Server, path: str, st
     assert body["error_type"] == "validation"
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("tools", [{"type": "function", "function": {"name": "f", "parameters": {}}}]),
-        ("response_format", {"type": "json_object"}),
-    ],
-)
-def test_what_is_not_built_yet_is_refused_by_name(server: Server, field: str, value: Any) -> None:
-    response = server.post("/v1/chat/completions", {"messages": MESSAGES, field: value})
-    assert response.status in (400, 422)
-    assert f"`{field}`" in response.json["error"]["message"]
-
-
 def test_null_means_absent(server: Server) -> None:
     nulls = dict.fromkeys(("stop", "seed", "n", "top_p", "logit_bias", "stream_options", "logprobs", "tools", "user"))
     assert chat(server, **nulls)["choices"] == chat(server)["choices"]
