@@ -22,7 +22,7 @@ from .grammars import Grammar
 
 logger = logging.getLogger(__name__)
 
-_CACHE_BYTES = 16 << 20
+CACHE_BYTES = 16 << 20
 _MAX_WAITING = 256  # grammars that are being compiled
 _MAX_CHILDREN = 4  # grammars compiled at the same time
 _ANSWER_DEADLINE_S = 60.0  # the process ends every trial after 2 s of its own accord; a busy machine may need more
@@ -99,7 +99,7 @@ class GrammarCompiler:
     def _keep(self, key: tuple[str, str], outcome: _Outcome) -> None:
         self._cache[key] = outcome
         self._cached_bytes += _size(key, outcome)
-        while self._cached_bytes > _CACHE_BYTES:
+        while self._cached_bytes > CACHE_BYTES:
             self._cached_bytes -= _size(*self._cache.popitem(last=False))
 
 
@@ -111,7 +111,7 @@ class _Process:
     """grammar_trial.py, running."""
 
     def __init__(self, trial: Trial) -> None:
-        self.ended = False
+        self.ended = False  # it takes nothing any more
         self._numbers = count(1)
         self._asked: dict[int, asyncio.Future[_Outcome]] = {}
         self._ready: asyncio.Future[asyncio.StreamWriter] = asyncio.get_running_loop().create_future()
@@ -133,9 +133,9 @@ class _Process:
             raise InternalError() from None
 
     async def close(self) -> None:
-        self._running.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._running
+        if not self.ended:
+            self._running.cancel()
+        await asyncio.wait([self._running])
 
     async def _run(self, trial: Trial) -> None:
         """Starts the process and hands out its answers until it ends or is told to."""
@@ -168,7 +168,7 @@ class _Process:
                     future.exception()  # seen, whether or not somebody waits
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
-            await process.wait()
+            await process.communicate()  # to the end of its pipes, else asyncio complains about them
 
 
 def _arguments(trial: Trial) -> str:

@@ -199,7 +199,9 @@ def _be_child(tokenizer: "LLTokenizer", job: Job, pipe: int) -> None:
         limit = _address_space() + _MEMORY_BYTES
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the last words of those that run out of memory
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        for descriptor in (0, 1, 2):  # the parent's, to end with it; 2: the last words of who runs out of memory
+            os.dup2(nowhere, descriptor)
         try:
             answer: tuple[str | None, str | None] = tried(tokenizer, job.kind, job.text), None
         except Refused as refused:
@@ -236,7 +238,8 @@ def _send(number: int, grammar: str | None, error: str | None) -> None:
 def main() -> None:
     """Arguments, as one JSON object: model_dir, vocab_size, eos_token_ids, max_children."""
     arguments: dict[str, Any] = json.loads(sys.argv[1])
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the router's to handle; it closes stdin
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # the router's to handle: it finishes its requests, then closes stdin
     try:
         tokenizer = load_tokenizer(Path(arguments["model_dir"]), arguments["vocab_size"], arguments["eos_token_ids"])
     except Exception as error:
