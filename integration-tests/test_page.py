@@ -162,9 +162,12 @@ async def test_an_answer_is_the_api_s_and_the_conversation_goes_on(tab: Tab, ser
 
 async def test_a_completion_keeps_every_line_of_the_text(tab: Tab, server: Server) -> None:
     await completion(tab, max=60)
-    text = await ask(tab, "def main():\n")
-    assert text == server.generate("def main():\n", max_new_tokens=60)["generated_text"].rstrip("\n")
-    assert "\n" in text
+    prompt = "import os\n\ndef ma"
+    text = await ask(tab, prompt)
+    generated = server.generate(prompt, max_new_tokens=60)["generated_text"]
+    assert text == (prompt + generated).rstrip("\n")
+    assert "\n" in generated
+    assert "".join(await texts(tab, ".given")) == prompt.replace("\n", "")
 
 
 async def test_streaming_only_appends_and_moves_nothing(tab: Tab) -> None:
@@ -178,7 +181,7 @@ async def test_streaming_only_appends_and_moves_nothing(tab: Tab) -> None:
     await tab.until("document.querySelectorAll('.t').length > 1")
     await tab.js(
         "new MutationObserver((list) => { for (const m of list) seen.removed += m.removedNodes.length; })"
-        ".observe(document.querySelector('.out'), { childList: true, subtree: true }); undefined"
+        ".observe(document.querySelector('.turn .body'), { childList: true, subtree: true }); undefined"
     )
     await tab.until("document.querySelectorAll('.t').length > 30")
     assert await tab.js("document.getElementById('go').textContent") == "Stop"
@@ -209,7 +212,7 @@ async def test_pointing_at_a_token_shows_what_else_was_likely(tab: Tab, server: 
     await ask(tab, QUESTION)
     tokens = chat(server, QUESTION, logprobs=True, top_logprobs=5)["logprobs"]["content"]
     await tab.hover("document.querySelectorAll('.t')[2]")
-    assert await tab.js("document.getElementById('inspector').hidden") is False
+    await tab.until("!document.getElementById('inspector').hidden")
     top = tokens[2]["top_logprobs"]
     assert await texts(tab, "#inspector li span:first-of-type") == [one["token"].replace(" ", "·") for one in top]
     for shown, one in zip(await texts(tab, "#inspector li span:last-of-type"), top, strict=True):
@@ -264,7 +267,7 @@ async def test_a_tool_is_called_answered_and_the_model_goes_on(tab: Tab) -> None
     assert await tab.js("document.querySelector('.call b').textContent") == "get_weather"
     assert json.loads(await tab.js("document.querySelector('.call pre').textContent")) == {"city": "Paris"}
     await tab.js("document.querySelector('.call textarea').value = '21 degrees'")
-    await tab.click(action("Send results"))
+    await tab.click("document.querySelector('.call .result')")
     await tab.until("document.querySelectorAll('.turn').length === 4")
     await ended(tab)
     assert await answer(tab) != ""
@@ -375,7 +378,7 @@ async def test_the_keyboard_is_enough_and_the_focus_is_always_seen(tab: Tab) -> 
     for _ in range(3):
         await tab.press("ArrowRight")
     assert await tab.js("document.querySelector('.t.at') === document.querySelectorAll('.t')[2]")
-    assert await tab.js("document.getElementById('inspector').hidden") is False
+    await tab.until("!document.getElementById('inspector').hidden")
     assert "%" in await tab.js("document.getElementById('spoken').lastChild.textContent")
     await tab.press("Escape")
     assert await tab.js("document.getElementById('inspector').hidden") is True
@@ -446,7 +449,7 @@ async def test_a_phone_shows_everything_without_scrolling_sideways(chromium: Chr
         assert await tab.js(fits)
         assert await tab.js(OUTSIDE) == []
         await tab.click("document.querySelectorAll('.t')[1]")
-        assert await tab.js("document.getElementById('inspector').hidden") is False
+        await tab.until("!document.getElementById('inspector').hidden")
         assert await tab.js(OUTSIDE) == []
         await tab.click("document.getElementById('opener')")
         assert await tab.js("document.getElementById('settings').matches(':modal')")

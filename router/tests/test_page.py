@@ -63,6 +63,16 @@ async def test_a_browser_that_has_the_page_is_not_sent_it_again() -> None:
         assert (other.status, other.body) == (200, first.body)
 
 
+async def test_the_page_travels_compressed_to_who_can_read_that() -> None:
+    async with serving() as api:
+        small = await browse(api, **{"accept-encoding": "gzip"})
+        plain = await browse(api, **{"accept-encoding": "identity"})
+        assert small.headers["content-encoding"] == "gzip"
+        assert int(small.headers["content-length"]) < 25_000
+        assert small.body == plain.body  # the client has decompressed it
+        assert "accept-encoding" in plain.headers["vary"]
+
+
 async def test_the_health_at_the_root_has_no_header_of_the_page() -> None:
     async with serving() as api:
         root, health = await api.get("/"), await api.get("/health")

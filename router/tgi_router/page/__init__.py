@@ -10,14 +10,14 @@ import re
 from dataclasses import dataclass
 from importlib import resources
 
-from aiohttp import web
+from aiohttp import ETag, web
 
 _INLINE = re.compile(r"<(style|script)\b[^>]*>(.*?)</\1>", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """The document as it is sent. etag: of exactly these bytes."""
+    """The document as it is sent, before compression. etag: of these bytes."""
 
     body: bytes
     etag: str
@@ -53,7 +53,7 @@ def _headers(text: str) -> dict[str, str]:
         "content-security-policy": "; ".join(policy),
         "cross-origin-opener-policy": "same-origin",
         "referrer-policy": "no-referrer",
-        "vary": "accept",
+        "vary": "accept, accept-encoding",
         "x-content-type-options": "nosniff",
     }
 
@@ -76,7 +76,8 @@ def respond(request: web.Request, page: Page, status: int) -> web.Response:
         response = web.Response(
             status=status, body=page.body, content_type="text/html", charset="utf-8", headers=page.headers
         )
-    response.etag = page.etag
+        response.enable_compression()
+    response.etag = ETag(page.etag, is_weak=True)  # weak: the same page, compressed or not
     return response
 
 
