@@ -156,6 +156,8 @@ def _components(operations: Sequence[Operation]) -> tuple[dict[Any, Json], dict[
     schemas, components = msgspec.json.schema_components(types, ref_template=_REF)
     for struct in _structs(types):
         named = components.get(struct.__name__, {})
+        if "description" in named:
+            named["description"] = _paragraphs(struct)[0]
         for name, help_ in _helps(struct).items():
             named["properties"][name].setdefault("description", help_)
     together = dict.fromkeys(structs for operation in operations for structs in operation.body)
@@ -186,16 +188,35 @@ def _structs(types: Sequence[Any]) -> Iterator[type[msgspec.Struct]]:
 
 
 def _helps(struct: type[msgspec.Struct]) -> dict[str, str]:
-    """The help of the fields that are rows of a table (parameters.py)."""
+    """The descriptions of fields: from a table's rows (parameters.py), else from lines `field: text` of docstrings."""
     if struct is OpenAISampling:
         return {row.openai: row.help for row in ROWS.values() if row.openai is not None}
-    hints = get_type_hints(struct, include_extras=True)
-    found = {}
-    for name, hint in hints.items():
+    found: dict[str, str] = {}
+    for base in struct.__mro__:
+        described = _paragraphs(base)[1]
+        found = {name: text for name, text in described.items() if name in struct.__struct_fields__} | found
+    for name, hint in get_type_hints(struct, include_extras=True).items():
         for item in getattr(hint, "__metadata__", ()):
             if isinstance(text := getattr(item, "help", None), str):
                 found[name] = text
     return found
+
+
+def _paragraphs(struct: type) -> tuple[str, dict[str, str]]:
+    """(what the docstring says of the whole, what it says of the fields)."""
+    whole: list[str] = []
+    fields: dict[str, list[str]] = {}
+    into = whole
+    own = struct.__dict__.get("__doc__") or ""
+    for line in inspect.cleandoc(own).splitlines():
+        begins = re.match(r"(\w+): (.*)", line)
+        if begins is not None and begins[1] in getattr(struct, "__struct_fields__", ()):
+            into = fields[begins[1]] = []
+            line = begins[2][0].upper() + begins[2][1:]
+        elif not line:
+            into = whole
+        into.append(line)
+    return " ".join(whole).strip(), {name: " ".join(lines) for name, lines in fields.items()}
 
 
 def _operation(

@@ -15,13 +15,50 @@ FinishReasonName = Literal["stop", "length"]
 ChatFinishReason = Literal["stop", "length", "tool_calls"]
 
 
+# What a message must have; the chat template may want more.
+Messages = Annotated[
+    list[dict[str, Any]],
+    Meta(
+        extra_json_schema={
+            "minItems": 1,
+            "items": {
+                "type": "object",
+                "properties": {
+                    "role": {"type": "string"},
+                    "content": {"anyOf": [{"type": "string"}, {"type": "array"}, {"type": "null"}]},
+                    "tool_calls": {"type": ["array", "null"], "items": {"type": "object"}},
+                },
+                "required": ["role"],
+            },
+        },
+    ),
+]
+
+
 class StreamOptions(Struct, kw_only=True):
+    """What a stream tells beside the choices.
+
+    include_usage: a last event, without choices, has the usage; the others have null for it.
+    continuous_usage_stats: every event has the usage so far.
+    """
+
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
 
 
 class Common(Struct, kw_only=True):
-    """What chat and completions share. response_format: see grammars.from_response_format."""
+    """What chat and completions share. Lines that begin with a field's name are its description in the document.
+
+    model: echoed in the answer. One model is served, whatever it is called here.
+    max_tokens: most tokens to generate. Absent: as many as fit.
+    n: choices for each prompt.
+    stop: generation ends before one of these.
+    stream: answer with server-sent events, one for each token.
+    ignore_eos: do not end at the model's end-of-sequence token.
+    include_stop_str_in_output: leave the stop string in the text, as TGI does.
+    response_format: `text`, `json_object` or OpenAI's `json_schema`; TGI's `json` and `regex` with their `value`.
+    user: accepted; means nothing here.
+    """
 
     model: str | None = None
     max_tokens: U32 | None = None
@@ -50,9 +87,25 @@ class Common(Struct, kw_only=True):
 
 
 class ChatRequest(Common, kw_only=True):
-    """Body of /v1/chat/completions. messages: as the chat template gets them; see routes/chat.py."""
+    """Body of /v1/chat/completions.
 
-    messages: list[dict[str, Any]]
+    messages: the conversation. `content` is a text, or an array of parts of type `text`.
+    max_completion_tokens: OpenAI's newer name of `max_tokens`; it wins.
+    logprobs: report each token's log-probability.
+    top_logprobs: with `logprobs`, so many of the most likely tokens at each place.
+    tools: functions the model may call.
+    tool_choice: `none`, `auto`, `required`, or an object that names a function.
+    tool_prompt: TGI's. Words about the tools, added to the last message.
+    parallel_tool_calls: whether there may be several calls in one message.
+    functions: refused: replaced by `tools`.
+    function_call: refused: replaced by `tool_choice`.
+    add_generation_prompt: whether the template begins the assistant's message. Absent: unless the last is continued.
+    continue_final_message: continue the last message. Absent: when it is the assistant's, as in TGI.
+    documents: given to the chat template.
+    chat_template_kwargs: further variables of the chat template.
+    """
+
+    messages: Messages
     max_completion_tokens: U32 | None = None
     logprobs: bool | None = None
     top_logprobs: U32 | None = None
@@ -69,7 +122,14 @@ class ChatRequest(Common, kw_only=True):
 
 
 class CompletionRequest(Common, kw_only=True):
-    """Body of /v1/completions. prompt: one or several, as text or as token ids."""
+    """Body of /v1/completions.
+
+    prompt: a text, texts, token ids, or arrays of token ids.
+    best_of: generate so many for each prompt and return the `n` best.
+    logprobs: report each token's log-probability, and so many of the most likely tokens at its place.
+    echo: put the prompt before the text.
+    suffix: refused: prepare the prompt instead.
+    """
 
     prompt: str | list[Any]
     best_of: U32 | None = None
@@ -83,6 +143,9 @@ Logprob = Annotated[
     msgspec.Raw,
     Meta(description="Natural logarithm; -9999.0 stands for minus infinity.", extra_json_schema={"type": "number"}),
 ]
+
+
+NullableLogprob = Annotated[msgspec.Raw, Meta(extra_json_schema={"type": ["number", "null"]})]
 
 
 class TopLogprob(Struct):
@@ -107,7 +170,7 @@ class CompletionLogprobs(Struct):
     """Of `echo`ed prompts, too; nothing precedes the first token, so it has null for both. text_offset: characters."""
 
     tokens: list[str]
-    token_logprobs: list[Logprob]
+    token_logprobs: list[NullableLogprob]
     top_logprobs: list[dict[str, Logprob] | None]
     text_offset: list[int]
 
