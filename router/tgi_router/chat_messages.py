@@ -96,7 +96,7 @@ def _text(place: str, content: Any) -> str | None:
     texts = []
     for number, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else None
-        text = part.get(_TEXT_PARTS[kind]) if kind in _TEXT_PARTS else None
+        text = part.get(_TEXT_PARTS[kind]) if isinstance(kind, str) and kind in _TEXT_PARTS else None
         if not isinstance(text, str):
             raise ValidationError(
                 f"`{place}.content[{number}]` must be of type 'text': this model reads nothing else. Given: {kind!r}",
