@@ -79,6 +79,11 @@ class Driver:
         self._tables: dict[str, list[int]] = {}
         self._computed: dict[str, int] = {}
 
+    def share(self, name: str, other: str, num_blocks: int) -> None:
+        """Begins a request with the first blocks of another one, as a hit in the prefix cache does."""
+        self._tables[name] = self._tables[other][:num_blocks]
+        self._computed[name] = num_blocks * self._size
+
     def step(self, tokens: dict[str, Sequence[int]]) -> dict[str, Tensor]:
         """Computes the next tokens of each request in one forward pass; logits `[number of tokens, V]` of each."""
         names = list(tokens)

@@ -51,6 +51,8 @@ BAD_ADMISSIONS = [
     ({"blocks": [0]}, "1 blocks of 4 slots do not hold 7 tokens"),
     ({"sampling": driving.sampling(temperature=0.0)}, "`temperature` must be a finite number > 0, given: 0.0"),
     ({"sampling": driving.sampling(top_p=1.5)}, "`top_p` must be > 0 and <= 1, given: 1.5"),
+    ({"sampling": driving.sampling(logit_bias={VOCAB: 1.0})}, f"token id {VOCAB} of `logit_bias` or `end_token_ids`"),
+    ({"sampling": driving.sampling(end_token_ids=[1, VOCAB])}, f"token id {VOCAB} of `logit_bias` or `end_token_ids`"),
 ]
 
 

@@ -1,11 +1,14 @@
 """The sampler against transformers' logits processors, the softmax it draws from, and itself in a crowd."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
 import pytest
 import torch
+from tgi_proto import generate_pb2 as pb
 from tgi_shard.errors import RowProblem
+from tgi_shard.rows import sampling_parameters
 from tgi_shard.sampling import draw, logprobs, noise, sampler, truncation
 from tgi_shard.sampling.bias import BiasTable
 from tgi_shard.sampling.parameters import RECORD, SamplingParameters
@@ -515,3 +518,19 @@ def test_a_row_whose_logits_are_not_finite_is_seen_and_disturbs_nobody(bad):
 def test_parameters_out_of_range_are_refused_by_name(parameters, name):
     with pytest.raises(RowProblem, match=f"`{name}`"):
         parameters.record()
+
+
+def test_every_field_on_the_wire_is_read_and_is_off_when_absent():
+    """A field that the router sends and nobody reads would be a parameter that is silently ignored."""
+    off = pb.SamplingParameters(temperature=1, top_p=1, typical_p=1, repetition_penalty=1)
+    assert sampling_parameters(pb.Admission(sampling=off)) == SamplingParameters()
+    read = set()
+    for field in pb.SamplingParameters.DESCRIPTOR.fields:
+        message = pb.SamplingParameters(logit_bias={3: 1.0} if field.name == "logit_bias" else {})
+        if field.name == "end_token_ids":
+            message.end_token_ids.append(7)
+        elif field.name != "logit_bias":
+            setattr(message, field.name, True if field.type == field.TYPE_BOOL else 2)
+        assert sampling_parameters(pb.Admission(sampling=message)) != sampling_parameters(pb.Admission()), field.name
+        read.add(field.name)
+    assert read == {field.name for field in dataclasses.fields(SamplingParameters)} - {"top_n"}

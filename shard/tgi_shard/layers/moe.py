@@ -101,15 +101,16 @@ class GroupedExperts:
 
 
 class SharedExpertLayer:
-    """sigmoid(gate(x)) * down(activation(gate(x)) * up(x)), this rank's part of the sum."""
+    """sigmoid(logit) * down(activation(gate(x)) * up(x)), this rank's part of the sum."""
 
-    def __init__(self, gate_up: Matmul, down: Matmul, gate: Matmul, activation: Activation) -> None:
-        self._gate_up, self._down, self._gate, self._activation = gate_up, down, gate, ACTIVATIONS[activation]
-        self.num_bytes = gate_up.num_bytes + down.num_bytes + gate.num_bytes
+    def __init__(self, gate_up: Matmul, down: Matmul, activation: Activation) -> None:
+        self._gate_up, self._down, self._activation = gate_up, down, ACTIVATIONS[activation]
+        self.num_bytes = gate_up.num_bytes + down.num_bytes
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, logit: Tensor) -> Tensor:
+        """x `[T, E]`, logit `[T, 1]` → `[T, E]`."""
         gate, up = self._gate_up(x).chunk(2, -1)
-        return self._down(self._activation(gate).mul_(up)).mul_(self._gate(x).sigmoid())
+        return self._down(self._activation(gate).mul_(up)).mul_(logit.sigmoid())
 
 
 class MoeLayer:
@@ -124,18 +125,20 @@ class MoeLayer:
         shared: SharedExpertLayer | None,
         parallel: Parallel,
     ) -> None:
-        """gate: hidden states to one logit per expert, whole on every rank."""
+        """gate: hidden states to one logit per expert, and one more for the shared expert; whole on every rank."""
         self._gate, self._router, self._active = gate, router, active
         self._experts, self._shared, self._parallel = experts, shared, parallel
         self.num_bytes = gate.num_bytes + experts.num_bytes + (0 if shared is None else shared.num_bytes)
 
     def __call__(self, x: Tensor) -> Tensor:
-        weights, experts = route(self._router, self._gate(x), self._active)  # [T, k]
+        logits = self._gate(x)
+        routed = logits if self._shared is None else logits[:, :-1]
+        weights, experts = route(self._router, routed, self._active)  # [T, k]
         flat, order = experts.flatten().sort(stable=True)
         results = torch.empty(len(order), x.shape[1], dtype=x.dtype, device=x.device)
         results[order] = self._experts(x[order // self._active], flat)
         # Added up in the order of the weights, whoever else is in the step.
         out = (results.view(*weights.shape, -1) * weights.unsqueeze(-1).to(x.dtype)).sum(1)
         if self._shared is not None:
-            out += self._shared(x)
+            out += self._shared(x, logits[:, -1:])
         return self._parallel.all_reduce(out)

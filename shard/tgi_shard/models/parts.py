@@ -163,16 +163,16 @@ class Parts:
 
     def _moe(self, number: int, mlp: MoeMlp) -> MoeLayer:
         names = moe_names(self.names)
-        gate = self.whole(self.names.in_layer(number, names.router), mlp.experts)
+        gates = [Rows(self.names.in_layer(number, names.router), 0, mlp.experts)]
         shared = None
         if mlp.shared is not None:
             size = mlp.shared.size
             share = split(size, self.parallel, "the shared expert's size")
             down = self._linear.row(self.names.in_layer(number, names.shared_down), share, False)
-            shared_gate = self.whole(self.names.in_layer(number, names.shared_gate), 1)
+            gates.append(Rows(self.names.in_layer(number, names.shared_gate), 0, 1))
             gate_up = self._column(number, names.shared_gate_up, (size, size), False)
-            shared = SharedExpertLayer(gate_up, down, shared_gate, mlp.activation)
-        experts = self._experts(number, mlp)
+            shared = SharedExpertLayer(gate_up, down, mlp.activation)
+        gate, experts = self._linear.column(gates, False), self._experts(number, mlp)
         return MoeLayer(gate, mlp.router, mlp.active, experts, shared, self.parallel)
 
     def _experts(self, number: int, mlp: MoeMlp) -> VisitedExperts | GroupedExperts:
