@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import resource
 import select
 import signal
@@ -36,6 +37,7 @@ DEADLINE_S = 1.9  # after its arrival, a second try is ended
 _MEMORY_BYTES = 1 << 30  # address space beyond what the process has at its start
 _WALK = 16  # tokens followed on trial
 _HEADER = struct.Struct("<I")
+_PLACE = re.compile(r"at (?P<line>\d+)\(\d+\): (?P<reason>.*?)(?: \d+ \| .*)?$")  # of llguidance's errors about Lark
 
 
 class Refused(Exception):
@@ -63,12 +65,12 @@ def tried(tokenizer: "LLTokenizer", kind: str, text: str) -> str:
     grammar = compiled(kind, text)
     matcher = make_matcher(tokenizer, grammar)
     if matcher.is_error():
-        raise Refused(_sentence(kind, matcher.get_error()))
+        raise Refused(_sentence(kind, text, matcher.get_error()))
     chance = random.Random(0)
     for _ in range(_WALK):
         mask = matcher.compute_bitmask()
         if matcher.is_error():
-            raise Refused(_sentence(kind, matcher.get_error()))
+            raise Refused(_sentence(kind, text, matcher.get_error()))
         if matcher.is_stopped() or not matcher.consume_token(_some_token(mask, chance)):
             break
     return grammar
@@ -81,14 +83,22 @@ def _some_token(mask: bytes, chance: random.Random) -> int:
     return place * 8 + chance.choice([bit for bit in range(8) if mask[place] >> bit & 1])
 
 
-def _sentence(kind: str, error: str) -> str:
+def _sentence(kind: str, text: str, error: str) -> str:
     """TGI's sentence, with llguidance's reason."""
     reason = first_line(error)
+    if kind == "lark" and (place := _PLACE.match(reason)) is not None:
+        reason = place["reason"] + _about(text, int(place["line"]))
     if "NoExtension" in reason:
         reason = "no text is possible under it"
     if kind == "json_schema" and not reason.lower().startswith(("invalid", "expected", "missing", "regex parse")):
         return f"cannot compile regex from schema: {reason}"
     return f"grammar is not valid: {reason}"
+
+
+def _about(text: str, line: int) -> str:
+    """What the comment before a line of Lark says that the line is about; our grammars have them where clients wrote."""
+    before = text.split("\n")[max(0, line - 2) : line - 1]
+    return f" ({before[0].removeprefix('// ')})" if before and before[0].startswith("// ") else ""
 
 
 @dataclass(slots=True)
@@ -207,7 +217,7 @@ def _be_child(tokenizer: "LLTokenizer", job: Job, pipe: int) -> None:
         except Refused as refused:
             answer = None, str(refused)
         except (ValueError, RecursionError) as error:  # of llguidance's own parsing
-            answer = None, _sentence(job.kind, str(error))
+            answer = None, _sentence(job.kind, job.text, str(error))
         for part in _parts(json.dumps(answer).encode()):
             os.write(pipe, part)
         code = 0
