@@ -192,6 +192,10 @@ async def test_kserve_infers_from_bytes_and_from_texts() -> None:
                 ],
             }
         assert api.server.metrics.request_count.get() == 4
+        bare = {name: value for name, value in body.items() if name not in ("id", "outputs")}
+        answer = await api.post("/v2/models/m/infer", bare)
+        assert list(answer.json) == ["outputs"]
+        assert [output["name"] for output in answer.json["outputs"]] == ["in0", "in1"]
         await api.idle()
 
 

@@ -8,6 +8,7 @@ import asyncio
 
 import msgspec
 from aiohttp import web
+from msgspec import UNSET
 
 from ..bodies import json_response, parse
 from ..errors import ApiError, IncompletePrediction, LengthMismatch, NotUtf8, Unhealthy, WrongShape
@@ -86,7 +87,10 @@ async def kserve_model_infer(request: web.Request) -> web.Response:
     """Generate one text for each of several prompts."""
     body = await parse(request, _decoder)
     prompts = [_text(index, given) for index, given in enumerate(body.inputs)]
-    if len(prompts) != len(body.outputs):
+    outputs = body.outputs
+    if outputs is None:
+        outputs = [KServeRequestedOutput(name=given.name) for given in body.inputs]
+    if len(prompts) != len(outputs):
         raise LengthMismatch()
     parameters = body.parameters or GenerateParameters(do_sample=True)
     server = request.app[SERVER]
@@ -95,9 +99,12 @@ async def kserve_model_infer(request: web.Request) -> web.Response:
             tasks = [group.create_task(generate_whole(request, server, prompt, parameters)) for prompt in prompts]
     except ExceptionGroup as failed:  # the first ended the others; it was counted and logged
         error = failed.exceptions[0]
-        raise (IncompletePrediction() if isinstance(error, ApiError) else error) from error
+        if isinstance(error, ApiError):
+            raise IncompletePrediction() from error
+        raise error from None
     texts = [task.result()[0].generated_text for task in tasks]
-    return json_response(KServeResponse(body.id, list(map(_output, texts, body.inputs, body.outputs))))
+    identity = UNSET if body.id is None else body.id
+    return json_response(KServeResponse(id=identity, outputs=list(map(_output, texts, body.inputs, outputs))))
 
 
 def _text(index: int, given: KServeInput) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Annotated
 
-from msgspec import Meta, Raw, Struct
+from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
 from ..parameters import U32, USIZE, GenerateParameters
 
@@ -41,7 +41,10 @@ class VertexResponse(Struct):
 
 
 class KServeInput(Struct, kw_only=True):
-    """A prompt. data: the bytes of its UTF-8 text, or the text itself as the only element."""
+    """A prompt.
+
+    data: the bytes of its UTF-8 text, or the text itself as the only element.
+    """
 
     name: str
     shape: list[USIZE]
@@ -54,12 +57,16 @@ class KServeRequestedOutput(Struct, kw_only=True):
 
 
 class KServeRequest(Struct, kw_only=True):
-    """Body of .../infer: as many outputs as inputs."""
+    """Body of .../infer.
 
-    id: str
+    id: echoed.
+    outputs: as many as inputs. Absent: each is named like its input.
+    """
+
+    id: str | None = None
     parameters: GenerateParameters | None = None
     inputs: list[KServeInput]
-    outputs: list[KServeRequestedOutput]
+    outputs: list[KServeRequestedOutput] | None = None
 
 
 class KServeOutput(Struct):
@@ -71,8 +78,8 @@ class KServeOutput(Struct):
     data: Sequence[int | str]
 
 
-class KServeResponse(Struct):
-    id: str
+class KServeResponse(Struct, kw_only=True):
+    id: str | UnsetType = UNSET
     outputs: list[KServeOutput]
 
 
