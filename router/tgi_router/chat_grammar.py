@@ -42,12 +42,19 @@ def _checked(tools: Sequence[Tool]) -> list[CallableTool]:
     """Raises ValidationError."""
     for tool in tools:
         check_schema(tool.parameters, "tools")
-    return [CallableTool(tool.name, _schema({"type": "object", **tool.parameters})) for tool in tools]
+    return [
+        CallableTool(tool.name, _schema({"type": "object", **tool.parameters}, lenient=not tool.strict))
+        for tool in tools
+    ]
 
 
-def _schema(schema: dict[str, Any]) -> str:
-    """A client's schema as one that stands alone is compiled (grammar_trial.py): closed, with little white space."""
-    return json.dumps({**closed(schema), "x-guidance": {"whitespace_pattern": "[ ]?"}}, ensure_ascii=False)
+def _schema(schema: dict[str, Any], *, lenient: bool = False) -> str:
+    """A client's schema as one that stands alone is compiled (grammar_trial.py): closed, with little white space.
+
+    lenient: keywords that llguidance does not know are passed over.
+    """
+    options = {"whitespace_pattern": "[ ]?", "lenient": lenient}
+    return json.dumps({**closed(schema), "x-guidance": options}, ensure_ascii=False)
 
 
 def _embedded(grammar: Grammar) -> str:

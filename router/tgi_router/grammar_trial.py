@@ -96,7 +96,7 @@ def _sentence(kind: str, text: str, error: str) -> str:
 
 
 def _about(text: str, line: int) -> str:
-    """What the comment before a line of Lark says that the line is about; our grammars have them where clients wrote."""
+    """What the comment before a line of Lark says it is about; our grammars have one before what a client wrote."""
     before = text.split("\n")[max(0, line - 2) : line - 1]
     return f" ({before[0].removeprefix('// ')})" if before and before[0].startswith("// ") else ""
 

@@ -49,10 +49,14 @@ class ToolParser(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Tool:
-    """A function the model may call. parameters: JSON schema of its arguments."""
+    """A function the model may call. parameters: JSON schema of its arguments.
+
+    strict: what cannot be enforced of the schema is an error; else it is left to the model, as OpenAI does.
+    """
 
     name: str
     parameters: dict[str, Any]
+    strict: bool = False
 
 
 class Places(NamedTuple):

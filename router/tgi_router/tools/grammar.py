@@ -37,7 +37,8 @@ def rules(
     lines.append("call: " + " | ".join(f"call_{number}" for number in range(len(tools))))
     for number, tool in enumerate(tools):
         source = places.call.replace("{name}", tool.name).replace("{arguments}", f"arguments_{number}")
-        lines += [f"call_{number}: {source}", f"arguments_{number}: %json {tool.schema}"]
+        lines += [f"call_{number}: {source}", f"// `parameters` of the tool {tool.name}"]
+        lines.append(f"arguments_{number}: %json {tool.schema}")
     opened = "calls" if style.starts else f"{marker(style.opening, token_id)} calls"
     if instead == "TEXT":
         return [*_in_text(style, token_id), *lines]

@@ -101,7 +101,7 @@ def _tool(function: dict[str, Any], place: str) -> Tool:
         raise ToolError(
             f"`{place}.function.parameters` must be a JSON schema of an object", param=f"{place}.function.parameters"
         )
-    return Tool(name, parameters)
+    return Tool(name, parameters, strict=function.get("strict") is True)
 
 
 def _choice(choice: Any) -> tuple[str, list[str] | None]:
