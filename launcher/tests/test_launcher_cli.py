@@ -73,7 +73,17 @@ ROWS: list[tuple[str, Any, str, Any]] = [
     ("model-id", None, "gpt2", "gpt2"),  # TGI's default is bloom-560m; ours is the embedded demo model
 ]
 OURS = (
-    *("num-threads", "step-deadline", "stall-timeout", "restart-budget", "strict-params", "open-path"),
+    *(
+        "num-threads",
+        "step-deadline",
+        "stall-timeout",
+        "restart-budget",
+        "strict-params",
+        "open-path",
+        "grpc-port",
+        "grpc-tls-cert",
+        "grpc-tls-key",
+    ),
     *("tool-call-parser", "reasoning-parser"),
 )
 
