@@ -63,6 +63,8 @@ def regex_size(regex: str) -> int:
         elif character not in "*+?|":
             if character == "\\":
                 position += 1
+                if regex[position : position + 2] in ("u{", "U{", "x{", "p{", "P{"):  # `\u{1234}` is no count
+                    position = max(position, regex.find("}", position))
             elif character == "[":
                 position = _end_of_class(regex, position)
             last = 1
