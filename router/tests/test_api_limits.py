@@ -103,6 +103,17 @@ class TestSlowClients:
                 writer.close()
             assert api.server.infer.num_running == 0
 
+    async def test_a_request_that_is_refused_before_its_body_came_ends_the_connection(self) -> None:
+        async with serving(patience=HASTE) as api:
+            for path, content_type, status in [("/generate", "text/plain", 415), ("/nope", "application/json", 404)]:
+                reader, writer = await connect(api)
+                head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: {content_type}\r\ncontent-length: 9\r\n\r\n"
+                writer.write(head.encode())
+                answer = (await until_closed(reader)).lower()
+                assert answer.startswith(b"http/1.1 %d" % status)
+                assert b"\r\nconnection: close\r\n" in answer
+                writer.close()
+
     @pytest.mark.parametrize("path", ["/generate", "/generate_stream"])
     async def test_a_client_that_reads_nothing_is_cut_whatever_is_left_to_generate(
         self, path: str, caplog: pytest.LogCaptureFixture

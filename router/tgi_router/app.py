@@ -76,14 +76,14 @@ async def _around_every_request(request: web.Request, handler: Handler) -> web.S
     """Gives the request its id and trace, and makes a response of whatever happens."""
     server = request.app[SERVER]
     request[REQUEST_ID] = request_id(request.headers.get("x-request-id", ""))
-    if server.tracing is None:
-        log_context.enter(request_id=request[REQUEST_ID], path=request.path)
-        return await _respond(request, handler, server)
-    return await _traced(request, handler, server)
+    response = await _traced(request, handler, server)
+    if not request.content.is_eof():
+        response.force_close()  # refused before its body was read: what follows on the connection is no head
+    return response
 
 
 async def _traced(request: web.Request, handler: Handler, server: Server) -> web.StreamResponse:
-    """`_respond` within a span. Probes are left out: they come every second and say nothing."""
+    """`_respond`, within a span when tracing is on. Probes are left out: they come every second and say nothing."""
     resource = request.match_info.route.resource
     if server.tracing is None or request.method != "POST" or resource is None:
         log_context.enter(request_id=request[REQUEST_ID], path=request.path)
