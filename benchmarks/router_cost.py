@@ -2,6 +2,7 @@
 
     python -m benchmarks.router_cost --runs 5
     python -m benchmarks.router_cost --profile
+    python -m benchmarks.router_cost --grpc
 
 Real gRPC, real HTTP, real tokenizer; the shard (router/tests/fake_shard.py) answers at once with made-up tokens, so
 every step carries all streams. The figure is user + system time of the router's process from /proc, divided by tokens.
@@ -26,7 +27,7 @@ from typing import Any
 
 import uvloop
 
-from benchmarks import load, record
+from benchmarks import grpc_target, load, record
 from benchmarks.apis import APIS
 from benchmarks.load import Scenario
 from benchmarks.measure import percentile, process_times_s, reference_loop_ms, table
@@ -55,8 +56,11 @@ def _answers(port: int) -> bool:
 
 
 @contextmanager
-def router(profile: Path | None, *, pin: bool) -> Iterator[tuple[int, str]]:
-    """A router on a fake shard: (its pid, its URL). profile: where cProfile writes. pin: it gets a core for itself."""
+def router(profile: Path | None, *, pin: bool, grpc: bool = False) -> Iterator[tuple[int, str]]:
+    """A router on a fake shard: (its pid, its URL, or the address of its gRPC port).
+
+    profile: where cProfile writes. pin: it gets a core for itself.
+    """
     cores = sorted(os.sched_getaffinity(0))
     pin = pin and len(cores) > 1
     with tempfile.TemporaryDirectory(prefix="tgi-router-") as folder:
@@ -64,6 +68,8 @@ def router(profile: Path | None, *, pin: bool) -> Iterator[tuple[int, str]]:
         script = str(Path(sys.executable).with_name("text-generation-router"))
         command = [script, "--model-dir", str(MODEL_DIR), "--model-id", "demo", "--hostname", "127.0.0.1"]
         command += ["--port", str(port), "--master-shard-uds-path", f"{folder}/s-0"]
+        grpc_port = free_port()
+        command += ["--grpc-port", str(grpc_port)] if grpc else []
         if profile:
             command = [sys.executable, "-m", "cProfile", "-o", str(profile), *command]
         log = (Path(folder) / "log").open("wb")
@@ -81,7 +87,7 @@ def router(profile: Path | None, *, pin: bool) -> Iterator[tuple[int, str]]:
                 if process.poll() is not None or time.monotonic() > deadline:
                     raise SystemExit(f"the router did not start:\n{Path(log.name).read_text()[-4000:]}")
                 time.sleep(0.05)
-            yield process.pid, f"http://127.0.0.1:{port}"
+            yield process.pid, f"127.0.0.1:{grpc_port}" if grpc else f"http://127.0.0.1:{port}"
         finally:
             for child in (process, shard):
                 child.send_signal(signal.SIGTERM)
@@ -91,7 +97,11 @@ def router(profile: Path | None, *, pin: bool) -> Iterator[tuple[int, str]]:
 
 async def measure_run(pid: int, url: str, scenario: Scenario) -> Json:
     """One run of the scenario: tokens, the router's CPU time, µs per token."""
-    async with load.connect(url, model="demo", api_key=None, timeout_s=120, server_pid=pid) as target:
+    if "://" in url:
+        connected = load.connect(url, model="demo", api_key=None, timeout_s=120, server_pid=pid)
+    else:
+        connected = grpc_target.connect(url, model="demo", server_pid=pid)
+    async with connected as target:
         reference_ms = sorted(reference_loop_ms() for _ in range(9))
         before = process_times_s(pid)
         summary = await load.run(scenario, target)
@@ -136,6 +146,7 @@ def main() -> None:
     parser.add_argument(
         "--pin", action=argparse.BooleanOptionalAction, default=True, help="give the router a core for itself"
     )
+    parser.add_argument("--grpc", action="store_true", help="GenerateStream over gRPC instead of HTTP")
     parser.add_argument("--profile", action="store_true", help="run once under cProfile and print the hot spots")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
@@ -148,7 +159,7 @@ def main() -> None:
         output_tokens=arguments.output_tokens,
     )
     profile = Path(tempfile.gettempdir()) / f"router-{os.getpid()}.prof" if arguments.profile else None
-    with router(profile, pin=arguments.pin) as (pid, url):
+    with router(profile, pin=arguments.pin, grpc=arguments.grpc) as (pid, url):
         uvloop.run(measure_run(pid, url, replace(scenario, requests=arguments.streams)))  # warm-up
         runs = [
             uvloop.run(measure_run(pid, url, replace(scenario, seed=seed)))
@@ -170,6 +181,7 @@ def main() -> None:
     ]
     print(table(["run", "router µs/token", "user", "system", "tokens/s", "reference loop, ms"], rows))
     result = {
+        "wire": "grpc" if arguments.grpc else "http",
         "target_us_per_token": TARGET_US,
         "median_us_per_token": median,
         "scenario": asdict(scenario),
