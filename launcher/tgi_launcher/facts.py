@@ -28,6 +28,7 @@ _SAFETENSORS_DTYPES = {
 }
 _NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _MAX_HEADER_BYTES = 100_000_000
+_MULTI_QUERY = ("falcon", "gpt_bigcode")  # have one key head unless config.json says `multi_query: false`
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,23 +66,31 @@ def _first_int(config: Mapping[str, Any], *names: str) -> int:
     return 0
 
 
+def _kv_heads(config: Mapping[str, Any], heads: int) -> int:
+    """Those of the config; one under Falcon's and StarCoder's `multi_query`, which Falcon's newer layout ignores."""
+    is_new = config.get("new_decoder_architecture", "n_head_kv" in config)
+    if not is_new and config.get("multi_query", config.get("model_type") in _MULTI_QUERY):
+        return 1
+    return _first_int(config, "num_key_value_heads", "num_kv_heads", "n_head_kv") or heads
+
+
 def parse_config(config: Mapping[str, Any], weights: Weights) -> ModelFacts:
     """The facts in a parsed config.json. A nested `text_config` is used where there is one."""
     nested = config.get("text_config")
     text = {**config, **nested} if isinstance(nested, dict) else dict(config)
     hidden = _first_int(text, "hidden_size", "n_embd", "d_model")
-    heads = _first_int(text, "num_attention_heads", "n_head", "num_heads")
+    heads = _first_int(text, "num_attention_heads", "n_head", "num_heads", "n_heads")
     quantization = config.get("quantization_config")
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     dtype = text.get("dtype") or text.get("torch_dtype")
     return ModelFacts(
         model_type=str(config.get("model_type", "unknown")),
-        max_positions=_first_int(text, "max_position_embeddings", "max_seq_len", "n_positions") or None,
+        max_positions=_first_int(text, "max_position_embeddings", "max_seq_len", "n_positions", "seq_length") or None,
         hidden_size=hidden,
-        ffn_size=_first_int(text, "intermediate_size", "n_inner", "ffn_dim") or 4 * hidden,
-        num_layers=_first_int(text, "num_hidden_layers", "n_layer", "num_layers"),
+        ffn_size=_first_int(text, "intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size") or 4 * hidden,
+        num_layers=_first_int(text, "num_hidden_layers", "n_layer", "num_layers", "n_layers"),
         num_heads=heads,
-        num_kv_heads=_first_int(text, "num_key_value_heads") or heads,
+        num_kv_heads=_kv_heads(text, heads),
         head_dim=_first_int(text, "head_dim") or (hidden // heads if heads else 0),
         vocab_size=_first_int(text, "vocab_size"),
         quant_method=None if method is None else str(method),

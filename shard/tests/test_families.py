@@ -3,6 +3,7 @@
 Whole, in chunks, token by token, from a cached prefix and in a crowd. Two ranks: test_parallel.py.
 """
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import pytest
 import torch
 import transformers
 from model_driver import Driver, load
+from tgi_launcher.facts import Weights, parse_config
+from tgi_shard.models import describe
 
 torch.set_num_threads(1)
 
@@ -147,12 +150,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "SmolLM3Config",
         {**SQUARE, "no_rope_layers": [0, 1], "use_sliding_window": True, "sliding_window": 5},
     ),
-    "gpt-neox": ("GPTNeoXConfig", {**SQUARE, "hidden_act": "gelu"}),
+    "gpt-neox": ("GPTNeoXConfig", {}),
     "gpt-neox-sequential": (
         "GPTNeoXConfig",
         {
-            **SQUARE,
-            "hidden_act": "gelu",
             "use_parallel_residual": False,
             "attention_bias": False,
             "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 1.0},
@@ -188,6 +189,7 @@ OTHER_SIZES: dict[str, dict[str, Any]] = {
     "GPT2Config": GPT2_SIZES,
     "GPTJConfig": GPT2_SIZES,
     "GPTBigCodeConfig": GPT2_SIZES,
+    "GPTNeoXConfig": {**PLAIN_SIZES, "intermediate_size": 96, "max_position_embeddings": 64},
     "OPTConfig": {**PLAIN_SIZES, "ffn_dim": 56, "max_position_embeddings": 64, "init_std": 0.2},
     "FalconConfig": {**PLAIN_SIZES, "max_position_embeddings": 64},
     "BloomConfig": {"hidden_size": 48, "n_layer": 2, "n_head": 6},
@@ -298,6 +300,22 @@ def test_a_cached_prefix_is_as_good_as_a_computed_one(pair: tuple[Any, Path], de
     ids = [*shared, *prompt(11, seed=3)]
     driver.share("second", "first", num_blocks=4)
     close(driver.prompt("second", ids[16:]), reference_logits(model, ids)[16:])
+
+
+def test_the_launcher_plans_with_the_numbers_of_the_shard(pair: tuple[Any, Path]) -> None:
+    """Both read config.json on their own: one to estimate memory, the other to build the model."""
+    hf = json.loads((pair[1] / "config.json").read_text())
+    spec, _ = describe(hf)
+    facts = parse_config(hf, Weights(1, 4, "float32"))
+    attention = spec.attention
+    assert (facts.num_heads, facts.num_kv_heads, facts.head_dim) == (
+        attention.heads,
+        attention.kv_heads,
+        attention.head_dim,
+    )
+    assert (facts.num_layers, facts.hidden_size, facts.vocab_size) == (spec.num_layers, spec.hidden, spec.vocab)
+    if "factor" not in (hf.get("rope_parameters") or {}):  # the shard stretches, the launcher takes config.json's word
+        assert facts.max_positions in (None, spec.max_positions)
 
 
 def test_on_cpu_company_changes_no_bit(pair: tuple[Any, Path]) -> None:
