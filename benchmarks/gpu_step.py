@@ -69,7 +69,9 @@ class RandomCheckpoint:
 
 def make_decoder(bench: Bench, backend: AttentionBackend) -> Decoder:
     spec = llama.spec(bench.config)
-    checkpoint = RandomCheckpoint(expected_tensors(spec, llama.NAMES, range(spec.num_layers)), bench.device, bench.dtype)
+    checkpoint = RandomCheckpoint(
+        expected_tensors(spec, llama.NAMES, range(spec.num_layers)), bench.device, bench.dtype
+    )
     reader = WeightReader(checkpoint, bench.device, bench.dtype)  # type: ignore[arg-type]
     return Decoder(spec, Source(reader, llama.NAMES), Parallel.single(), backend)
 
