@@ -118,7 +118,7 @@ class Connection(web.RequestHandler):
         self.force_close()
 
     def _cut_reader(self) -> None:
-        text = "Closed a connection: its client has read nothing for %g s"
+        text = "Closed a connection: its client did not read a full buffer within %g s"
         logger.info(text, self._patience.write_s, extra={"client": self._client})
         if self.transport is not None:
             self.transport.abort()
