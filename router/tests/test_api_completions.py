@@ -121,7 +121,7 @@ async def test_n_choices_of_every_prompt_and_the_best_of_more() -> None:
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"suffix": "x"}, "Suffix is not supported and can be achieved by preprocessing the prompt."),
-    ({"prompt": ["a"] * 5}, "Number of prompts exceeds the maximum allowed batch size of 4"),
+    ({"prompt": ["a"] * 5}, "Number of prompts exceeds the maximum allowed batch size of 4. `--max-client-batch-size`"),
     ({"prompt": []}, "Empty array detected. Do not use an empty array for the prompt."),
     ({"prompt": [1, "a"]}, "prompt: Expected `str`"),
     ({"prompt": [True]}, "prompt: Expected `str`"),
@@ -129,7 +129,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"prompt": [-1]}, "`prompt` must contain token ids >= 0"),
     ({"prompt": [[]]}, "`inputs` must have at least one token. Given: 0"),
     ({"prompt": ""}, "`inputs` cannot be empty"),
-    ({"max_tokens": 0}, "`max_new_tokens` must be strictly positive"),
+    ({"max_tokens": 0}, "`max_tokens` must be strictly positive"),
     ({"n": 0}, "`n` must be >= 1 and <= 128. Given: 0"),
     ({"n": 129}, "`n` must be >= 1 and <= 128. Given: 129"),
     ({"best_of": 1, "n": 2}, "`best_of` must be >= 2 and <= 128. Given: 1"),

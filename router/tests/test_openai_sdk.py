@@ -119,6 +119,10 @@ async def test_a_wrong_parameter_names_itself() -> None:
             ({"logprobs": 99}, "logprobs"),
             ({"suffix": "x"}, "suffix"),
             ({"stop": [""]}, "stop"),
+            ({"max_tokens": 0}, "max_tokens"),
+            ({"max_tokens": 9999}, "max_tokens"),
+            ({"extra_body": {"min_tokens": 9}}, "min_tokens"),
+            ({"extra_body": {"min_p": 2}}, "min_p"),
         ]
         for values, param in wrong:
             with pytest.raises(openai.UnprocessableEntityError) as caught:

@@ -36,6 +36,8 @@ READ_DEADLINE_S = 60.0  # for a body, and a second more for each so many bytes o
 _SLOWEST_BYTES_S = 100_000
 _PATH = re.compile(r"^(?P<what>.*) - at `\$\.?(?P<path>[^`]*)`$", re.DOTALL)
 _encode = msgspec.json.encode
+# Parameters that OpenAI's clients know by another name: they are told that one.
+_OPENAI_NAMES = (("max_new_tokens", "max_tokens"), ("min_new_tokens", "min_tokens"))
 
 # Names of the body's fields that were ignored, as the header `x-ignored-params` tells them; see app.py.
 IGNORED_PARAMS: web.RequestKey[str] = web.RequestKey("ignored_params", str)
@@ -124,10 +126,12 @@ def error_object(error: ApiError, *, openai: bool) -> ErrorResponse | OpenAIErro
     """The JSON of `error`."""
     if not openai:
         return ErrorResponse(error.message, error.error_type)
+    message, param = error.message, error.param
+    for ours, theirs in _OPENAI_NAMES:
+        message = message.replace(f"`{ours}`", f"`{theirs}`")
+        param = theirs if param == ours else param
     status = http_status(error, openai=True)
-    return OpenAIErrorResponse(
-        OpenAIError(error.message, error.openai_type, error.param, error.code, status), error.error_type
-    )
+    return OpenAIErrorResponse(OpenAIError(message, error.openai_type, param, error.code, status), error.error_type)
 
 
 def http_status(error: ApiError, *, openai: bool) -> int:

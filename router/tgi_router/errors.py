@@ -94,7 +94,11 @@ class BatchSizeExceeded(ApiError):
     failure = "validation"
 
     def __init__(self, limit: int) -> None:
-        super().__init__(f"Number of prompts exceeds the maximum allowed batch size of {limit}", param="prompt")
+        super().__init__(
+            f"Number of prompts exceeds the maximum allowed batch size of {limit}. "
+            "`--max-client-batch-size` raises the limit",
+            param="prompt",
+        )
 
 
 class MalformedBody(ApiError):
