@@ -81,10 +81,12 @@ def storm(api: Api, *, max_examples: int, derandomize: bool) -> int:
     return num_answers
 
 
+@pytest.mark.timeout(900)  # eight seconds, on a core of its own
 def test_no_request_that_the_document_suggests_finds_a_mistake_of_ours(api: Api) -> None:
-    assert storm(api, max_examples=6, derandomize=True) > 100
+    assert storm(api, max_examples=5, derandomize=True) > 100
 
 
 @pytest.mark.slow
-def test_nor_do_thousands(api: Api) -> None:
-    assert storm(api, max_examples=100, derandomize=False) > 1500
+@pytest.mark.timeout(3600)
+def test_nor_do_many_others(api: Api) -> None:
+    assert storm(api, max_examples=60, derandomize=False) > 1000

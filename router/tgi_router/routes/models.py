@@ -18,7 +18,7 @@ async def models(request: web.Request) -> web.Response:
     return json_response(ModelList("list", _models(request.app[SERVER])))
 
 
-@routes.get("/v1/models/{model:.+}")
+@routes.get(r"/v1/models/{model:[\s\S]+}")
 @describe("OpenAI", answer=[Model], fails=[ModelNotFound])
 async def model(request: web.Request) -> web.Response:
     """A model by its id, which may contain slashes."""
