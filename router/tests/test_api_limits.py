@@ -137,7 +137,10 @@ class TestSlowClients:
                 other = await api.post("/generate", {"inputs": "h", "parameters": {"max_new_tokens": 1}})
                 assert other.status == 200
 
-    async def test_what_one_stream_may_hold_is_bounded_and_others_go_on(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test_what_one_stream_may_hold_is_bounded_and_others_go_on(
+        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level(logging.INFO)
         monkeypatch.setattr(stream, "MAX_UNREAD_TOKENS", 300)
         async with serving(max_model_tokens=4000, num_blocks=4000, check=False) as api:
             api.send_buffer(8192)
@@ -147,7 +150,7 @@ class TestSlowClients:
                 client.setblocking(False)
                 await loop.sock_connect(client, (urlsplit(api.url).hostname, urlsplit(api.url).port))
                 body = {"inputs": "hello", "parameters": {"max_new_tokens": 3900, "top_n_tokens": 5}}
-                await loop.sock_sendall(client, whole_request("/generate_stream", body))
+                await loop.sock_sendall(client, whole_request("/generate_stream", body, x_request_id="lazy"))
                 async with asyncio.timeout(60):
                     while not api.server.batcher._core.running:  # noqa: ASYNC110  nothing announces it
                         await asyncio.sleep(0.001)
@@ -159,6 +162,8 @@ class TestSlowClients:
                     assert answer.json == {"generated_text": api.expected_text("h", 3)}
                 assert 0 < most <= 301
             assert api.server.metrics.request_cancelled.get() == 1
+            told = next(record for record in caplog.records if "301 tokens wait for a client" in record.message)
+            assert vars(told)["request_id"] == "lazy"
 
 
 class TestBytes:

@@ -6,6 +6,7 @@ run in turns of one event loop, so nothing here locks. Made by infer.py, read by
 """
 
 import asyncio
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -18,6 +19,8 @@ from .metrics import Metrics
 from .request import FinishReason, Request, Token, Top
 from .stopping import StopStrings
 from .validation import Validated
+
+logger = logging.getLogger(__name__)
 
 KEEP_ALIVE_S = 15.0
 # Tokens a stream holds for a client that does not read, beside the socket's own buffers; then it is cut.
@@ -126,6 +129,8 @@ class Stream:
         unread.append((choice, token))
         if len(unread) > MAX_UNREAD_TOKENS and self.on_stall is not None:
             on_stall, self.on_stall = self.on_stall, None
+            name = {} if choice.request is None else {"request_id": choice.request.label}
+            logger.info("Ended: %d tokens wait for a client that does not read", len(unread), extra=name)
             on_stall()
         if self._waiter is not None:
             self._wake()
