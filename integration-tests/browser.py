@@ -20,7 +20,7 @@ from typing import Any
 
 import aiohttp
 
-WAIT_S = 60.0  # for whatever a test waits for; the machine may be busy
+WAIT_S = 120.0  # for whatever a test waits for; the machine may be busy
 _FLAGS = (
     "--headless",
     "--no-sandbox",
