@@ -157,6 +157,17 @@ def test_a_grammar_that_leads_nowhere_fails_its_own_row(model: Decoder, grammar:
     assert len(plain.generated) == 12
 
 
+def test_a_least_length_holds_the_end_off_as_long_as_the_grammar_goes_on(model: Decoder) -> None:
+    driver = Driver(engine_of(model).step)
+    short = add(driver, regex("abc"), min_new_tokens=10, end_token_ids=[EOS])
+    long = add(driver, regex("a+"), min_new_tokens=10, end_token_ids=[EOS])
+    driver.run(12)
+
+    assert text_of(short) == "abc"
+    assert EOS not in long.generated[:10]
+    assert short.error is long.error is None
+
+
 def test_a_grammar_that_never_answers_fails_its_own_row(model: Decoder) -> None:
     stop = threading.Event()
     driver = Driver(engine_of(model, load=stop.wait, deadline_s=0.2).step)

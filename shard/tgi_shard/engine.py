@@ -11,6 +11,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from tgi_proto import generate_pb2 as pb
 from torch import Tensor
 
@@ -153,15 +154,9 @@ class Engine:
         digest["request_id"] = list(places)
         digest["token_id"] = ids
         response.digest = zlib.crc32(digest[finite].tobytes())
-        failed = [row.request_id for row, ok in zip(batch.sampling_rows, finite.tolist(), strict=True) if not ok]
-        failed += [key for key, part in prompts.items() if not np.isfinite(part.values).all() and key not in failed]
-        stuck = {batch.sampling_rows[place].request_id: matching.error for place, matching in batch.grammars}
-        for request_id in failed:
-            message = stuck.get(request_id) or "the model's logits are not finite numbers; the request cannot go on"
-            response.errors.append(self._rows.drop(request_id, message, response.step))
+        dropped = self._drop_failed(response, batch, finite, prompts)
         if self._rank != 0:
             return
-        dropped = frozenset(failed)
         id_list, value_list = ids.tolist(), values.tolist()
         self._advance(batch, id_list, dropped)
         for row in batch.rows:
@@ -179,6 +174,24 @@ class Engine:
                 generation.prompt_logprobs.extend(prompt.values)
                 generation.prompt_logprobs_start = prompt.start
                 generation.prompt_top_tokens.extend(map(_top_tokens, prompt.top))
+
+    def _drop_failed(
+        self,
+        response: pb.StepResponse,
+        batch: StepBatch,
+        finite: NDArray[np.bool_],
+        prompts: dict[int, PromptLogprobs],
+    ) -> frozenset[int]:
+        """Drops rows with a log-probability that is no number; returns their ids. finite: `[N]`, of sampling rows."""
+        failed = [row.request_id for row, ok in zip(batch.sampling_rows, finite.tolist(), strict=True) if not ok]
+        failed += [key for key, part in prompts.items() if not np.isfinite(part.values).all() and key not in failed]
+        if not failed:
+            return frozenset()
+        reasons = {batch.sampling_rows[place].request_id: matching.error for place, matching in batch.grammars}
+        for request_id in failed:
+            message = reasons.get(request_id) or "the model's logits are not finite numbers; the request cannot go on"
+            response.errors.append(self._rows.drop(request_id, message, response.step))
+        return frozenset(failed)
 
     def _advance(self, batch: StepBatch, token_ids: list[int], dropped: frozenset[int]) -> None:
         """Sends the grammars on with their rows' new tokens: the next masks are computed while the next step runs."""
