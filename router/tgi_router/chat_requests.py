@@ -37,9 +37,7 @@ def prompts(server: Server, body: openai.ChatRequest, sampling: msgspec.Struct) 
     limits = server.infer.validator.limits
     check_choices(server, body.n)
     check_at_most("top_logprobs", body.top_logprobs, limits.max_top_n_tokens, "--max-top-n-tokens", least=0)
-    if body.functions or body.function_call is not None:
-        name = "functions" if body.functions else "function_call"
-        raise ToolError(f"`{name}` is not supported: it was replaced by `tools` and `tool_choice`", param=name)
+    _refuse(body)
     asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     parameters = from_openai(
         sampling,
@@ -51,6 +49,20 @@ def prompts(server: Server, body: openai.ChatRequest, sampling: msgspec.Struct) 
     tools = read_offer(body)
     rendering = _rendering(server, body, tools)
     return [Prompt(rendering, parameters, add_special_tokens=False, grammar=_grammar(server, body, tools))]
+
+
+def _refuse(body: openai.ChatRequest) -> None:
+    """Raises ToolError or ValidationError for what is part of OpenAI's API and not served here."""
+    if body.functions or body.function_call is not None:
+        name = "functions" if body.functions else "function_call"
+        raise ToolError(f"`{name}` is not supported: it was replaced by `tools` and `tool_choice`", param=name)
+    if body.modalities not in (None, [], ["text"]):
+        raise ValidationError(
+            f'`modalities` must be ["text"]: answers are text. Given: {body.modalities}', param="modalities"
+        )
+    for name in ("audio", "web_search_options"):
+        if getattr(body, name) is not None:
+            raise ValidationError(f"`{name}` is not supported: answers are text that the model writes", param=name)
 
 
 def read_offer(body: openai.ChatRequest) -> Offer | None:

@@ -93,10 +93,13 @@ class ChatRequest(Common, kw_only=True):
     max_completion_tokens: OpenAI's newer name of `max_tokens`; it wins.
     logprobs: report each token's log-probability.
     top_logprobs: with `logprobs`, so many of the most likely tokens at each place.
-    tools: functions the model may call.
-    tool_choice: `none`, `auto`, `required`, or an object that names a function.
+    tools: functions the model may call: `{"type": "function", "function": {"name", "description", "parameters"}}`.
+    tool_choice: `none`, `auto`, `required`, a function's name, or an object that names one (or several, `allowed_tools`).
     tool_prompt: TGI's. Words about the tools, added to the last message.
     parallel_tool_calls: whether there may be several calls in one message.
+    modalities: `["text"]`; anything else is refused.
+    audio: refused.
+    web_search_options: refused.
     functions: refused: replaced by `tools`.
     function_call: refused: replaced by `tool_choice`.
     add_generation_prompt: whether the template begins the assistant's message. Absent: unless the last is continued.
@@ -115,6 +118,9 @@ class ChatRequest(Common, kw_only=True):
     parallel_tool_calls: bool | None = None
     functions: Any = None
     function_call: Any = None
+    modalities: list[str] | None = None
+    audio: Any = None
+    web_search_options: Any = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     documents: list[dict[str, Any]] | None = None
