@@ -41,7 +41,10 @@ async def locked(tmp_path: Path) -> AsyncIterator[Api]:
 
 
 @pytest.mark.parametrize("given", [None, "Bearer wrong", "Bearer SESAME", "Basic sesame", "sesame", "Bearer "])
-async def test_without_the_key_nothing_but_health_is_answered(given: str | None, tmp_path: Path) -> None:
+async def test_without_the_key_nothing_but_health_is_answered(
+    given: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     metadata = () if given is None else (("authorization", given),)
     async with locked(tmp_path) as api, grpc.aio.insecure_channel(address(api)) as channel:
         stub = inference_pb2_grpc.InferenceStub(channel)
@@ -61,6 +64,10 @@ async def test_without_the_key_nothing_but_health_is_answered(given: str | None,
             assert error.code() is grpc.StatusCode.UNAUTHENTICATED
             assert trailing["error_type"] == "authentication"
             assert KEY not in error.details()
+        lines = [vars(record) for record in caplog.records if record.message.startswith("Refused: ")]
+        assert sorted(line["path"].rpartition("/")[2] for line in lines) == sorted(
+            ["Generate", "GenerateStream", "Chat", "ChatStream", "Tokenize", "Info", "ServerReflectionInfo"]
+        )
         assert api.server.metrics.request_count.get() == 0
         well = health_pb2_grpc.HealthStub(channel)
         assert (await well.Check(health_pb2.HealthCheckRequest(), metadata=metadata)).status == 1
@@ -121,6 +128,14 @@ async def test_files_that_are_no_certificate_and_its_key_are_an_error_at_start(
     with pytest.raises(StartupError, match=r"`--grpc-tls-cert` .* `--grpc-tls-key` .* (no pair|cannot be read): "):
         async with serving(**flags):
             pass
+
+
+async def test_a_compressed_message_is_refused_before_it_is_unpacked() -> None:
+    """It is measured as it comes: a few kilobytes could become gigabytes."""
+    async with serving() as api, client(api) as stub:
+        error, _ = await failure(stub.Generate(SMALL, compression=grpc.Compression.Gzip))
+        assert error.code() is grpc.StatusCode.UNIMPLEMENTED
+        assert (await stub.Generate(SMALL)).generated_text
 
 
 async def test_a_taken_port_is_an_error_at_start_and_not_shared() -> None:

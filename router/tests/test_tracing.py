@@ -12,10 +12,13 @@ from typing import Any
 import grpc.aio
 import pytest
 from api_kit import Api, serving
+from grpc_kit import client, failure, free_port
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
+from tgi_proto import inference_pb2 as pb
 from tgi_router import log_context
 from tgi_router.errors import StartupError
+from tgi_router.grpc_service.listening import listening
 from tgi_router.tracing import Tracing
 
 TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
@@ -263,3 +266,29 @@ def test_an_endpoint_that_is_no_address_is_refused_at_start(endpoint: str) -> No
 def test_nothing_of_opentelemetry_is_imported_without_the_flag() -> None:
     code = "import sys, tgi_router.cli; sys.exit(any(name.startswith('opentelemetry') for name in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+async def test_a_grpc_call_is_one_trace_from_its_client_to_the_shards() -> None:
+    async with collecting(grpc_port=free_port()) as (api, collector):
+        async with listening(api.server, "127.0.0.1"), client(api) as stub:
+            request = pb.GenerateRequest(inputs="hello", parameters=pb.GenerateParameters(max_new_tokens=5))
+            caller = (("traceparent", PARENT), ("x-request-id", "mine"))
+            assert len([message async for message in stub.GenerateStream(request, metadata=caller)]) == 5
+            other = PARENT.replace(TRACE_ID, TRACE_ID[::-1])
+            await failure(stub.Generate(pb.GenerateRequest(inputs=""), metadata=(("traceparent", other),)))
+            await flush(api)
+        spans = collector.of(TRACE_ID)
+        assert_nested(spans, "tgi.inference.v1.Inference/GenerateStream", "text_completion tiny", "decode")
+        assert_nested(spans, "decode", "tgi.shard.v1.Shard/Decode")
+        span = spans["tgi.inference.v1.Inference/GenerateStream"]
+        assert span.parent_span_id.hex() == PARENT.split("-")[2]
+        assert attributes(span) == {
+            "rpc.system": "grpc",
+            "rpc.service": "tgi.inference.v1.Inference",
+            "rpc.method": "GenerateStream",
+            "rpc.grpc.status_code": 0,
+        }
+        assert attributes(spans["text_completion tiny"])["tgi.request_id"] == "mine"
+        refused = collector.of(TRACE_ID[::-1])["tgi.inference.v1.Inference/Generate"]
+        assert attributes(refused)["rpc.grpc.status_code"] == grpc.StatusCode.INVALID_ARGUMENT.value[0]
+        assert refused.status.code != Status.STATUS_CODE_ERROR

@@ -82,7 +82,9 @@ class Calls:
         metadata = dict(context.invocation_metadata() or ())
         trace = self._trace(method, metadata)
         call = Call(request_id(str(metadata.get("x-request-id", ""))), deadline=_deadline(context), trace=trace)
-        log_context.enter(request_id=call.request_id, **({} if trace is None else {"trace_id": trace.trace_id}))
+        path = f"/{method.containing_service.full_name}/{method.name}"
+        traced = {} if trace is None else {"trace_id": trace.trace_id}
+        log_context.enter(request_id=call.request_id, path=path, **traced)
         self._server.metrics.grpc_request_count.inc(method.name)
         self._num_open += 1
         self._idle.clear()
@@ -103,7 +105,7 @@ class Calls:
             if self._num_open == 0:
                 self._idle.set()
         if not error.logged:  # infer.py has a line for the others
-            fields = {"status": code(error).name, "method": method.full_name, "client": context.peer()}
+            fields = {"status": code(error).name, "client": context.peer()}
             logger.info("Refused: %s", error.message, extra=fields)
         trailing = (("x-request-id", call.request_id), *trailing_metadata(error))
         try:

@@ -92,6 +92,7 @@ def _options(config: RouterConfig) -> list[tuple[str, int]]:
         # A compressed message is measured before it is unpacked, so none is accepted: bit 0 is "identity".
         ("grpc.compression_enabled_algorithms_bitset", 1),
         ("grpc.so_reuseport", 0),  # a port that is taken is an error, not a share
+        ("grpc.server_handshake_timeout_ms", 30_000),
         # A client that is gone without a word is noticed after a minute, and its generation ended.
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 30_000),
@@ -138,14 +139,16 @@ class _KeyCheck(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         if handler is None or details.method.startswith(f"/{health.SERVICE}/"):
             return handler
         given = dict(details.invocation_metadata).get("authorization", "")
-        return handler if self._server.admits(str(given)) else _refusing(handler)
+        return handler if self._server.admits(str(given)) else _refusing(handler, details.method)
 
 
-def _refusing(handler: Any) -> Any:
+def _refusing(handler: Any, path: str) -> Any:
     """A handler for the same kind of method that refuses."""
     error = Unauthorized()
 
     async def refuse(_: Any, context: Any) -> None:
+        fields = {"status": code(error).name, "path": path, "client": context.peer()}
+        logger.info("Refused: %s", error.message, extra=fields)
         await context.abort(code(error), error.message, trailing_metadata(error))
 
     if handler.request_streaming:
