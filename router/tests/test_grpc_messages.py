@@ -22,6 +22,9 @@ NOT_IN_CHAT = {
     "stream": "the method says it",
     "functions": "refused: replaced by tools",
     "function_call": "refused: replaced by tools",
+    "modalities": "refused: answers are text",
+    "audio": "refused: answers are text",
+    "web_search_options": "refused: answers are text",
 }
 
 
