@@ -94,7 +94,7 @@ class ChatRequest(Common, kw_only=True):
     logprobs: report each token's log-probability.
     top_logprobs: with `logprobs`, so many of the most likely tokens at each place.
     tools: functions the model may call: `{"type": "function", "function": {"name", "description", "parameters"}}`.
-    tool_choice: `none`, `auto`, `required`, a function's name, or an object that names one (or several, `allowed_tools`).
+    tool_choice: `none`, `auto`, `required`, a function's name, or an object that names one, or `allowed_tools`.
     tool_prompt: TGI's. Words about the tools, added to the last message.
     parallel_tool_calls: whether there may be several calls in one message.
     modalities: `["text"]`; anything else is refused.
