@@ -70,6 +70,9 @@ class Batcher:
         self._max_in_flight = 1
         self._loop: asyncio.Task[None] | None = None
         self._draining = False
+        self._skipped: list[
+            int
+        ] = []  # by requests that got several tokens in the step being delivered, so many less one
 
     # ---- what others see
 
@@ -261,8 +264,10 @@ class Batcher:
             start, fresh, alternatives = self._core.take_prompt_logprobs(request, generation)
             if fresh:
                 sink.prompt_logprobs(start, fresh, alternatives)
-        logprobs = generation.logprobs
-        for index, token_id in enumerate(generation.token_ids):
+        token_ids, logprobs = generation.token_ids, generation.logprobs
+        if len(token_ids) > 1:
+            self._skipped.append(len(token_ids) - 1)
+        for index, token_id in enumerate(token_ids):
             top: Top = ()
             if valid.top_n_tokens:
                 tops = generation.top_tokens[index]
@@ -375,8 +380,9 @@ class Batcher:
         metrics.batch_forward_duration.observe(response.forward_ns / 1e9, method)
         metrics.batch_decode_duration.observe((response.total_ns - response.forward_ns) / 1e9, method)
         metrics.batch_filter_duration.observe(time.monotonic() - now, method)
-        skipped = [len(generation.token_ids) - 1 for generation in response.generations if generation.token_ids]
-        metrics.request_skipped_tokens.observe(*skipped)
+        metrics.request_skipped_tokens.observe(*self._skipped)
+        metrics.request_skipped_tokens.observe(*[0] * (len(response.generations) - len(self._skipped)))
+        self._skipped.clear()
         self._show()
         counts = self._core.take_counts()
         metrics.request_preemptions.inc(amount=counts.preemptions)
