@@ -19,14 +19,12 @@ from .config import RouterConfig
 from .errors import ApiError, PayloadTooLarge, ShuttingDown, Unauthorized, ValidationError, presentable
 from .infer import Deadline
 from .routes import chat, completions, docs, generate, info, kserve, models, sagemaker, tokenize, vertex
-from .server import DEADLINE, REQUEST_ID, SERVER, TRACE, Server, request_id
+from .server import DEADLINE, OPEN_PATHS, REQUEST_ID, SERVER, TRACE, Server, request_id
 
 logger = logging.getLogger(__name__)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
-# GET on these says only whether the server is well, so it needs no key.
-_OPEN_PATHS = frozenset({"/", "/health", "/ping", "/v2/health/live", "/v2/health/ready"})
 _HEADER_NAMES = re.compile(r"[\w!#$%&'*+.^`|~-]+( *, *[\w!#$%&'*+.^`|~-]+){0,63}", re.ASCII)
 _VARY = "origin, access-control-request-method, access-control-request-headers"
 
@@ -151,7 +149,7 @@ def _authenticate(request: web.Request, server: Server) -> None:
     """Raises Unauthorized."""
     config = server.config
     if request.method in ("GET", "HEAD") and (
-        request.path in _OPEN_PATHS or request.path == config.aip_health_route or request.path in config.open_path
+        request.path in OPEN_PATHS or request.path == config.aip_health_route or request.path in config.open_path
     ):
         return
     if not server.admits(request.headers.get("authorization", "")):

@@ -20,6 +20,7 @@ from .errors import ApiError
 from .parameters import ROWS, OpenAISampling
 from .schemas import tgi
 from .schemas.errors import OpenAIErrorResponse
+from .server import OPEN_PATHS
 
 Json = dict[str, Any]
 H = TypeVar("H", bound=Callable[..., Any])
@@ -237,8 +238,15 @@ def _operation(
         if operation.example is not None:
             content["example"] = operation.example
         item["requestBody"] = {"required": True, "content": {"application/json": content}}
+    if _is_open(route):
+        item["security"] = []
     item["responses"] = {"200": _success(operation, refs), **_failures(route, operation, refs, special)}
     return item
+
+
+def _is_open(route: web.RouteDef) -> bool:
+    """Whether it needs no key."""
+    return route.method == "GET" and route.path in OPEN_PATHS
 
 
 def _any_of(schemas: Sequence[Json]) -> Json:
@@ -266,7 +274,9 @@ def _failures(
     route: web.RouteDef, operation: Operation, refs: dict[Any, Json], special: Collection[type[ApiError]]
 ) -> Json:
     """Responses by status; which errors they are is said by their classes' docstrings."""
-    possible: dict[type[ApiError], None] = {errors.Unauthorized: None, **dict.fromkeys(operation.fails)}
+    possible: dict[type[ApiError], None] = dict.fromkeys(operation.fails)
+    if not _is_open(route):
+        possible[errors.Unauthorized] = None
     if operation.body:
         possible.update(dict.fromkeys(_BODY_ERRORS))
     if operation.generates:

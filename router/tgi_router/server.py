@@ -21,6 +21,8 @@ if TYPE_CHECKING:  # it imports opentelemetry, which only `--otlp-endpoint` need
     from .tracing import Trace, Tracing
 
 ROUTER_NAME = "text-generation-router"
+# GET on these says only whether the server is well, so it needs no key.
+OPEN_PATHS = frozenset({"/", "/health", "/ping", "/v2/health/live", "/v2/health/ready"})
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
 
