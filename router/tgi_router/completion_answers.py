@@ -29,11 +29,11 @@ class _Scored(NamedTuple):
     top: Top
 
 
-class _Text(NamedTuple):
-    """A prompt as it is echoed: its text, and the characters at which its tokens begin."""
+class _Echo(NamedTuple):
+    """A prompt as it is echoed."""
 
     text: str
-    starts: Sequence[int]
+    logprobs: openai.CompletionLogprobs | None
 
 
 class Answer:
@@ -53,6 +53,7 @@ class Answer:
         self._usage_always = body.continuous_usage
         self._num_tokens = 0  # generated, in chunks so far
         self._offsets: dict[int, int] = {}  # choice -> characters sent
+        self._echoes: dict[int, _Echo] = {}  # by prompt: it is the same for all of its choices
         start = b'data: {"object":"text_completion","id":%b,"created":%d,' % (_encode(identity.id), identity.created)
         names = b'"model":%b,"system_fingerprint":%b' % (_encode(identity.model), _encode(identity.system_fingerprint))
         # As in TGI, the identity stands after the choices, except in a chunk with usage.
@@ -80,16 +81,14 @@ class Answer:
         )
 
     def _choice(self, index: int, choice: Choice) -> openai.CompletionChoice:
-        before, scored = "", []
-        if self._echo:
-            prompt = self._prompt(choice)
-            before = prompt.text
-            scored = self._scored_prompt(choice, prompt)
-        scored += self._scored(choice.tokens, len(before))
+        before = self._echoed(choice) if self._echo else _Echo("", None)
+        logprobs = self._logprobs(self._scored(choice.tokens, len(before.text)))
+        if before.logprobs is not None and logprobs is not None:
+            logprobs = _together(before.logprobs, logprobs)
         return openai.CompletionChoice(
             index=index,
-            text=before + choice.text,
-            logprobs=None if self._num_top is None else self._logprobs(scored),
+            text=before.text + choice.text,
+            logprobs=logprobs,
             finish_reason=finish_reason(choice),
         )
 
@@ -102,19 +101,18 @@ class Answer:
         echoed = b""
         if self._echo and not choice.started:
             choice.started = True
-            prompt = self._prompt(choice)
+            prompt = self._echoed(choice)
             self._offsets[choice.index] = len(prompt.text)
-            scored = self._scored_prompt(choice, prompt)
             if not choice.validated.generates:
-                return self._chunk(choice, prompt.text, scored, reason, is_last=True)
-            echoed = self._chunk(choice, prompt.text, scored, b"null", is_last=False)
+                return self._chunk(choice, *prompt, reason, is_last=True)
+            echoed = self._chunk(choice, *prompt, b"null", is_last=False)
         self._num_tokens += 1
-        scored = []
+        logprobs = None
         if self._num_top is not None:
             offset = self._offsets.get(choice.index, 0)
-            scored = self._scored([token], offset)
+            logprobs = self._logprobs(self._scored([token], offset))
             self._offsets[choice.index] = offset + _length(token)
-        return echoed + self._chunk(choice, token.shown, scored, reason, is_last=is_last)
+        return echoed + self._chunk(choice, token.shown, logprobs, reason, is_last=is_last)
 
     def last(self, choices: Sequence[Choice]) -> bytes:
         """The usage, when it was asked for."""
@@ -122,11 +120,13 @@ class Answer:
             return b""
         return b'%b"choices":[],"usage":%b}\n\n' % (self._with_usage, _encode(usage(choices, self._copies)))
 
-    def _chunk(self, choice: Choice, text: str, scored: list[_Scored], reason: bytes, *, is_last: bool) -> bytes:
+    def _chunk(
+        self, choice: Choice, text: str, logprobs: openai.CompletionLogprobs | None, reason: bytes, *, is_last: bool
+    ) -> bytes:
         body = b'"choices":[{"index":%d,"text":%b,"logprobs":%b,"finish_reason":%b}]' % (
             choice.index,
             _encode(text),
-            b"null" if self._num_top is None else _encode(self._logprobs(scored)),
+            b"null" if logprobs is None else _encode(logprobs),
             reason,
         )
         if self._usage_always:
@@ -139,20 +139,21 @@ class Answer:
 
     # Both
 
-    def _prompt(self, choice: Choice) -> _Text:
+    def _echoed(self, choice: Choice) -> _Echo:
         """A prompt the client gave as text is echoed as it is, token ids as the text they stand for."""
-        validated = choice.validated
-        if validated.text:
-            return _Text(validated.text, validated.token_starts or ())
-        return _decoded(self._vocabulary, validated.request.token_ids)
-
-    def _scored_prompt(self, choice: Choice, prompt: _Text) -> list[_Scored]:
-        if self._num_top is None:
-            return []
-        ids = choice.validated.request.token_ids
-        values = [None, *choice.prompt_logprob_values]
-        top = [(), *(choice.prompt_top or [()] * (len(ids) - 1))]
-        return [_Scored(*token) for token in zip(ids, prompt.starts, values, top, strict=True)]
+        number = choice.index // self._copies
+        if number not in self._echoes:
+            validated = choice.validated
+            ids, text, starts = validated.request.token_ids, validated.text, validated.token_starts or ()
+            if not text:
+                text, starts = _decoded(self._vocabulary, ids)
+            scored = []
+            if self._num_top is not None:
+                values = [None, *choice.prompt_logprob_values]
+                top = [(), *(choice.prompt_top or [()] * (len(ids) - 1))]
+                scored = [_Scored(*token) for token in zip(ids, starts, values, top, strict=True)]
+            self._echoes[number] = _Echo(text, self._logprobs(scored))
+        return self._echoes[number]
 
     @staticmethod
     def _scored(tokens: Sequence[GeneratedToken], offset: int) -> list[_Scored]:
@@ -163,7 +164,9 @@ class Answer:
             offset += _length(token)
         return scored
 
-    def _logprobs(self, scored: Sequence[_Scored]) -> openai.CompletionLogprobs:
+    def _logprobs(self, scored: Sequence[_Scored]) -> openai.CompletionLogprobs | None:
+        if self._num_top is None:
+            return None
         return openai.CompletionLogprobs(
             tokens=[_name(self._vocabulary, token.id) for token in scored],
             token_logprobs=[_NULL if token.logprob is None else logprob(token.logprob) for token in scored],
@@ -182,6 +185,15 @@ class Answer:
         return found
 
 
+def _together(a: openai.CompletionLogprobs, b: openai.CompletionLogprobs) -> openai.CompletionLogprobs:
+    return openai.CompletionLogprobs(
+        tokens=a.tokens + b.tokens,
+        token_logprobs=a.token_logprobs + b.token_logprobs,
+        top_logprobs=a.top_logprobs + b.top_logprobs,
+        text_offset=a.text_offset + b.text_offset,
+    )
+
+
 def _length(token: GeneratedToken) -> int:
     """Characters by which a token makes the text longer."""
     return 0 if token.special else len(token.text)
@@ -198,8 +210,8 @@ def _name(vocabulary: Vocabulary, token_id: int) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
-def _decoded(vocabulary: Vocabulary, ids: Sequence[int]) -> _Text:
-    """The text of token ids, without special tokens."""
+def _decoded(vocabulary: Vocabulary, ids: Sequence[int]) -> tuple[str, tuple[int, ...]]:
+    """The text of token ids, without special tokens, and the characters at which they begin."""
     detokenizer = vocabulary.detokenizer(())
     pieces: list[str] = []
     starts, length = [], 0
@@ -209,4 +221,4 @@ def _decoded(vocabulary: Vocabulary, ids: Sequence[int]) -> _Text:
         pieces.append(piece)
         length += len(piece)
     pieces.append(detokenizer.end())
-    return _Text("".join(pieces), starts)
+    return "".join(pieces), tuple(starts)

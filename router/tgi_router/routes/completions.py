@@ -45,4 +45,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
         choices = stream.choices
     headers = timing_headers(request, choices[::copies], call)
     del headers["x-compute-time"]  # TGI has it on its other routes only
+    if body.echo and body.logprobs is not None:  # 10 µs for each token of the prompts: not while everybody waits
+        whole = await server.tokenizer.run(lambda: msgspec.json.encode(answer.whole(choices)))
+        return json_response(msgspec.Raw(whole), headers)
     return json_response(answer.whole(choices), headers)
