@@ -115,10 +115,11 @@ class CpuAttention:
                 outputs.append(_merge([_attend_one(grouped[rows], piece, pool) for piece in chunk.past]))
             else:
                 outputs.append(_attend_chunk(grouped[rows], k[rows], v[rows], chunk, pool))
-        return torch.cat(outputs).view(num_tokens, -1, dim)
+        attended = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return attended.reshape(num_tokens, -1, dim)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: one is made per layer and step, and freezing would double its cost
 class _Pool:
     """One layer's KV, as blocks and as `[1, K, slots, D]`."""
 
