@@ -139,7 +139,7 @@ class Flags:
     max_batch_size: int | None = _flag(_LIMITS, "Most requests computed at once.", Kind.USIZE)
     max_concurrent_requests: int = _flag(_LIMITS, "Most requests at once; more get 429.", Kind.USIZE, 128)
     max_client_batch_size: int = _flag(_LIMITS, "Most prompts in one /v1/completions request.", Kind.USIZE, 4)
-    max_best_of: int = _flag(_LIMITS, "Largest `best_of`.", Kind.USIZE, 2)
+    max_best_of: int = _flag(_LIMITS, "Largest `best_of` on TGI's routes; OpenAI's take `n` up to 128.", Kind.USIZE, 2)
     max_stop_sequences: int = _flag(_LIMITS, "Most `stop` sequences.", Kind.USIZE, 4)
     max_top_n_tokens: int = _flag(_LIMITS, "Largest `top_n_tokens`.", Kind.U32, 5)
     payload_limit: int = _flag(_LIMITS, "Largest request body, bytes.", Kind.USIZE, 2_000_000)

@@ -37,7 +37,7 @@ class RouterConfig:
 
     validation_workers: int = flag("Threads that tokenize.", 2)
     max_concurrent_requests: int = flag("Requests admitted at once, running and queued; more get 429.", 128)
-    max_best_of: int = flag("Largest `best_of`.", 2)
+    max_best_of: int = flag("Largest `best_of` on TGI's routes; OpenAI's take `n` up to 128.", 2)
     max_stop_sequences: int = flag("Most `stop` sequences.", 4)
     max_top_n_tokens: int = flag("Largest `top_n_tokens`.", 5)
     max_client_batch_size: int = flag("Most prompts in one /v1/completions request.", 4)
