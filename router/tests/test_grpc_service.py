@@ -275,6 +275,7 @@ async def test_bytes_that_are_no_message_are_the_callers_mistake() -> None:
         call = channel.unary_unary("/tgi.inference.v1.Inference/Generate")
         error, trailing = await failure(call(b"\x0a\xff"))
         assert (error.code(), trailing["error_type"]) == (grpc.StatusCode.INVALID_ARGUMENT, "validation")
+        assert error.details().startswith("Failed to parse the request message: ")
         error, _ = await failure(channel.unary_unary("/tgi.inference.v1.Inference/Nothing")(b""))
         assert error.code() is grpc.StatusCode.UNIMPLEMENTED
 

@@ -17,11 +17,11 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
 from .. import log_context
-from ..errors import MalformedBody, ShuttingDown, UnknownFields, presentable
+from ..errors import ShuttingDown, UnknownFields, presentable
 from ..infer import Call, Deadline
 from ..server import Server, request_id
 from ..unknown_fields import header_value
-from .errors import ClientTooSlow, code, sentence, trailing_metadata
+from .errors import ClientTooSlow, MalformedMessage, code, sentence, trailing_metadata
 from .messages import unknown_fields
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class Calls:
             result = await work(call)
             status = grpc.StatusCode.OK
             return result
-        except ConnectionError as gone:  # nobody listens any more; gRPC expects this then
+        except (ConnectionError, grpc.aio.InternalError) as gone:  # nobody listens any more; gRPC expects this then
             raise asyncio.CancelledError from gone
         except Exception as failure:
             error = presentable(failure)
@@ -127,8 +127,8 @@ class Calls:
             raise ShuttingDown(self._server.infer.drained_in_s)
         try:
             request = GetMessageClass(method.input_type).FromString(data)
-        except (DecodeError, RecursionError) as error:
-            raise MalformedBody(str(error)) from error
+        except DecodeError as error:
+            raise MalformedMessage(str(error)) from error
         initial = [("x-request-id", call.request_id)]
         names = unknown_fields(request)
         if names:

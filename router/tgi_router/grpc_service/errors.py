@@ -31,6 +31,14 @@ _CODES = {
 }
 
 
+class MalformedMessage(ApiError):
+    """The bytes are no message of the method's type."""
+
+    status = 400
+    error_type = "validation"
+    prefix = "Failed to parse the request message: "
+
+
 class ClientTooSlow(ApiError):
     """So many tokens wait for the caller that the call was ended."""
 

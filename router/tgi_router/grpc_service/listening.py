@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 # The second name is what newer tools ask for first; the messages are the same.
 _REFLECTION = (reflection.SERVICE_NAME, "grpc.reflection.v1.ServerReflection")
-_LAST_WORDS_S = 5.0  # for clients to read the end of their answers when the server ends
+_LAST_WORDS_S = 3.0  # for clients to read the end of their answers when the server ends
 _INFERENCE = pb.DESCRIPTOR.services_by_name["Inference"]
 
 
@@ -50,7 +50,7 @@ async def listening(server: Server, host: str) -> AsyncIterator[None]:
         wellness.end()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(calls.ended(), _LAST_WORDS_S)
-        await grpc_server.stop(grace=1.0)
+        await grpc_server.stop(grace=0.5)
 
 
 def _inference(server: Server, calls: Calls) -> Any:
