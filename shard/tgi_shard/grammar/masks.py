@@ -70,11 +70,10 @@ class GrammarMasks:
                 if matching.error is None and matching.words is not None:
                     row[:] = matching.words[: len(row)]
         where, bits = upload([np.array(places, np.int64), words], logits.device)
-        self._parallel.broadcast(bits)
-        shifts = torch.arange(32, dtype=torch.int32, device=logits.device)
-        refused = ((bits.unsqueeze(-1) >> shifts) & 1).view(len(places), -1)[:, : self._vocab_size] == 0
-        if len(places) == logits.shape[0]:  # in this order, too
-            logits.masked_fill_(refused, -torch.inf)
+        refused = _zeros(self._parallel.broadcast(bits))[:, : self._vocab_size]
+        if logits.device.type == "cpu":  # no copy of the rows, which are the largest thing here
+            for place, row in zip(places, refused, strict=True):
+                logits[place].masked_fill_(row, -torch.inf)
         else:
             logits[where] = logits[where].masked_fill_(refused, -torch.inf)
 
@@ -93,3 +92,11 @@ class GrammarMasks:
             if self._tokenizer is None:
                 self._tokenizer = self._load()
             return self._tokenizer
+
+
+def _zeros(bits: Tensor) -> Tensor:
+    """bits `[G, W]` int32 → `[G, 32 W]` bool: true where a bit is not set."""
+    if bits.device.type == "cpu":  # ten times as fast as shifting
+        return torch.from_numpy(np.unpackbits(bits.numpy().view(np.uint8), axis=1, bitorder="little")) == 0
+    shifts = torch.arange(32, dtype=torch.int32, device=bits.device)
+    return ((bits.unsqueeze(-1) >> shifts) & 1).flatten(1) == 0
