@@ -1,4 +1,4 @@
-"""The load generator's target over gRPC: the same requests to `GenerateStream` instead of POST /generate_stream.
+"""The load generator's target over gRPC: the same requests, to `GenerateStream` or `ChatStream`.
 
 Used by router_cost.py. Answers stay bytes but for the last one: the generator shares its CPU with what it measures.
 """
@@ -16,7 +16,7 @@ from benchmarks.apis import Api
 from benchmarks.load import Target
 from benchmarks.measure import Outcome
 
-METHOD = "/tgi.inference.v1.Inference/GenerateStream"
+SERVICE = "tgi.inference.v1.Inference"
 
 
 class GrpcTarget(Target):
@@ -27,25 +27,33 @@ class GrpcTarget(Target):
         self._channel = channel
 
     async def send(self, api: Api, body: bytes, start_s: float) -> Outcome:
-        """See Target. body: of POST /generate_stream, whose fields are the message's."""
+        """See Target. body: of the route that `api` names, whose fields are the message's."""
+        chat = api.path.endswith("/chat/completions")
         fields = json.loads(body)
-        request = pb.GenerateRequest(inputs=fields["inputs"], parameters=pb.GenerateParameters(**fields["parameters"]))
+        fields.pop("stream", None)
+        request = pb.ChatRequest(**fields) if chat else pb.GenerateRequest(**fields)
+        method = f"/{SERVICE}/{'ChatStream' if chat else 'GenerateStream'}"
         times_s: list[float] = []
         last, error = b"", None
         try:
-            async for message in self._channel.unary_stream(METHOD)(request.SerializeToString()):
+            async for message in self._channel.unary_stream(method)(request.SerializeToString()):
                 times_s.append(time.perf_counter())
                 last = message
         except grpc.aio.AioRpcError as failure:
             error = failure.code().name
-        details = pb.GenerateStreamResponse.FromString(last).details
+        if chat:
+            usage = pb.ChatStreamResponse.FromString(last).usage
+            counts = (usage.prompt_tokens, usage.completion_tokens)
+        else:
+            details = pb.GenerateStreamResponse.FromString(last).details
+            counts = (details.input_length, details.generated_tokens)
         return Outcome(
             start_s=start_s,
             end_s=time.perf_counter(),
             first_s=times_s[0] if times_s else None,
             gaps_s=[after - before for before, after in pairwise(times_s)],
-            prompt_tokens=details.input_length,
-            output_tokens=details.generated_tokens,
+            prompt_tokens=counts[0],
+            output_tokens=counts[1],
             error=error,
         )
 

@@ -146,10 +146,12 @@ def main() -> None:
     parser.add_argument(
         "--pin", action=argparse.BooleanOptionalAction, default=True, help="give the router a core for itself"
     )
-    parser.add_argument("--grpc", action="store_true", help="GenerateStream over gRPC instead of HTTP")
+    parser.add_argument("--grpc", action="store_true", help="over gRPC instead of HTTP; --api tgi or chat")
     parser.add_argument("--profile", action="store_true", help="run once under cProfile and print the hot spots")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
+    if arguments.grpc and arguments.api not in ("tgi", "chat"):
+        parser.error(f"--grpc has no method for --api {arguments.api}")
     scenario = Scenario(
         "router cost",
         api=arguments.api,
