@@ -100,7 +100,9 @@ def grammar(
     in_thoughts: bool = False,
 ) -> Grammar:
     nothing = frozenset[int]()
-    dialect = Dialect(FORMATS[style], marks, Taste(True, True, None), vocabulary.library.token_to_id, nothing, nothing)
+    dialect = Dialect(
+        FORMATS[style], True, marks, Taste(True, True, None), vocabulary.library.token_to_id, nothing, nothing
+    )
     result = answer_grammar(dialect, tools, response, in_thoughts=in_thoughts)
     assert result is not None
     return result
@@ -202,7 +204,7 @@ def test_tools_that_are_too_large_are_refused(vocabulary: Vocabulary) -> None:
         deep = {"type": "object", "properties": {"a": deep}}
     large = {"type": "object", "properties": {"a": {"enum": ["x" * 300_000]}}}
     for schema, sentence in ((deep, "`tools` is nested more than"), (large, "`tools` must have at most")):
-        tools = offers.read([{"function": {"name": "f", "parameters": schema}}], None, None)
+        tools = offers.read([{"function": {"name": "f", "parameters": schema}}], None)
         with pytest.raises(ValidationError, match=sentence) as caught:
             grammar(vocabulary, "hermes", tools)
         assert caught.value.param == "tools"

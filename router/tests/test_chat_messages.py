@@ -73,7 +73,7 @@ def test_a_template_that_knows_no_tools_gets_calls_and_results_as_text() -> None
 
 
 def test_tools_are_told_in_the_last_message_that_is_not_the_assistants() -> None:
-    tools = offers.read([{"type": "function", "function": {"name": "f", "description": "F."}}], None, None)
+    tools = offers.read([{"type": "function", "function": {"name": "f", "description": "F."}}], None)
     assert tools is not None
     messages = [USER, {"role": "assistant", "content": "Well"}]
     told = with_tools_as_text(messages, tools, None, PLAIN)

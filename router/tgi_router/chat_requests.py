@@ -46,7 +46,7 @@ def prompts(server: Server, body: openai.ChatRequest, sampling: msgspec.Struct) 
         stop=body.stops,
         top_n_tokens=body.top_logprobs if body.logprobs else None,
     )
-    tools = read_offer(body)
+    tools = read_offer(server, body)
     rendering = _rendering(server, body, tools)
     return [Prompt(rendering, parameters, add_special_tokens=False, grammar=_grammar(server, body, tools))]
 
@@ -65,9 +65,10 @@ def _refuse(body: openai.ChatRequest) -> None:
             raise ValidationError(f"`{name}` is not supported: answers are text that the model writes", param=name)
 
 
-def read_offer(body: openai.ChatRequest) -> Offer | None:
+def read_offer(server: Server, body: openai.ChatRequest) -> Offer | None:
     """The tools that may be called. Raises ToolError."""
-    return offer.read(body.tools, body.tool_choice, body.parallel_tool_calls)
+    parallel = body.parallel_tool_calls is not False and server.dialect.parallel
+    return offer.read(body.tools, body.tool_choice, parallel)
 
 
 def _rendering(server: Server, body: openai.ChatRequest, tools: Offer | None) -> Callable[[], str]:
@@ -155,4 +156,4 @@ class Reading:
 
 def reading(server: Server, body: openai.ChatRequest) -> Reading:
     """Of the answer to `body`, which `prompts` has accepted."""
-    return Reading(server.dialect, read_offer(body), continues_final_message(body))
+    return Reading(server.dialect, read_offer(server, body), continues_final_message(body))

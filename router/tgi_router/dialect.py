@@ -9,9 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from . import reasoning, tools
-from .chat_messages import Taste
+from .chat_messages import Taste, plain_messages
 from .chat_template import ChatTemplate
 from .config import RouterConfig
+from .errors import TemplateError
 from .reasoning import Marks
 from .tokenizer import Tokenizer
 from .tools.base import ToolFormat
@@ -23,12 +24,14 @@ logger = logging.getLogger(__name__)
 class Dialect:
     """One per server.
 
-    style: of tool calls. marks: around thoughts; None = the model does not think aloud. taste: of the chat template.
+    style: of tool calls. parallel: the template takes several of them in a message. marks: around thoughts; None = the
+    model does not think aloud. taste: of the chat template.
     token_id: of the vocabulary's token with a text, if there is one. The visible ids are those of special tokens that
     belong to the generated text all the same, because a parser must see them: when there are tools, and when not.
     """
 
     style: ToolFormat
+    parallel: bool
     marks: Marks | None
     taste: Taste
     token_id: Callable[[str], int | None]
@@ -52,11 +55,27 @@ def find(config: RouterConfig, template: ChatTemplate, tokenizer: Tokenizer) -> 
         return frozenset(one for one in ids if one is not None) & tokenizer.vocabulary.special_ids
 
     thoughts = special(*(marks or ()))
+    taste = Taste(knows_tools, knows_developer="developer" in source, id_length=style.id_length)
     return Dialect(
         style=style,
+        parallel=_shows_calls(template, taste, 2) or not _shows_calls(template, taste, 1),
         marks=marks,
-        taste=Taste(knows_tools, knows_developer="developer" in source, id_length=style.id_length),
+        taste=taste,
         token_id=tokenizer.token_id,
         visible_with_tools=thoughts | special(style.opening, *style.markers),
         visible=thoughts,
     )
+
+
+def _shows_calls(template: ChatTemplate, taste: Taste, count: int) -> bool:
+    """Whether the template takes a message with so many calls; Llama 3's refuses more than one."""
+    tool = {"name": "f", "description": "", "parameters": {"type": "object", "properties": {}}}
+    call = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
+    calls = [{"id": f"abcdefgh{number}", **call} for number in range(count)]
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": calls}]
+    messages += [{"role": "tool", "content": "b", "tool_call_id": call["id"]} for call in calls]
+    try:
+        template.render(plain_messages(messages, taste), tools=[{"type": "function", "function": tool}])
+    except TemplateError:
+        return False
+    return True

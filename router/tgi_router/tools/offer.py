@@ -35,7 +35,7 @@ class Offer:
         return frozenset(tool.name for tool in self.tools)
 
 
-def read(tools: Sequence[dict[str, Any]] | None, choice: Any, parallel: bool | None) -> Offer | None:
+def read(tools: Sequence[dict[str, Any]] | None, choice: Any, parallel: bool = True) -> Offer | None:
     """The offer, None when nothing may be called. Raises ToolError."""
     offered, shown = _tools(tools or [])
     mode, names = _choice(choice)
@@ -54,7 +54,7 @@ def read(tools: Sequence[dict[str, Any]] | None, choice: Any, parallel: bool | N
         tools=tuple(callable_tools),
         shown=shown,
         forced=named or mode == "required",
-        parallel=parallel is not False and not named,
+        parallel=parallel and not named,
     )
 
 
