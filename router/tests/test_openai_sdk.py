@@ -137,8 +137,12 @@ async def test_each_status_raises_its_own_exception(tmp_path: Path) -> None:
         options: Any = {"headers": {"content-type": "application/json"}}
         with pytest.raises(openai.BadRequestError, match="Failed to parse the request body as JSON"):
             await client.post("/completions", cast_to=object, content=b'{"prompt": ', options=options)
-        with pytest.raises(openai.NotFoundError):
+        with pytest.raises(openai.NotFoundError, match="Unknown request URL: POST /v1/embeddings") as unknown:
             await client.embeddings.create(model="tiny", input="x")
+        assert unknown.value.code == "unknown_url"
+        wrong = await api.get("/v1/completions")
+        assert (wrong.status, wrong.headers["allow"]) == (405, "POST")
+        assert wrong.json["error"]["message"].startswith("/v1/completions does not take GET")
         with pytest.raises(openai.UnprocessableEntityError):
             await client.completions.create(model="tiny", prompt=3)  # type: ignore[call-overload]
     (tmp_path / "key").write_text("secret")

@@ -14,9 +14,18 @@ from collections.abc import Awaitable, Callable
 from aiohttp import web
 
 from . import log_context, page
-from .bodies import IGNORED_PARAMS, error_response
+from .bodies import IGNORED_PARAMS, error_response, is_openai
 from .config import RouterConfig
-from .errors import ApiError, PayloadTooLarge, ShuttingDown, Unauthorized, ValidationError, presentable
+from .errors import (
+    ApiError,
+    NoSuchRoute,
+    PayloadTooLarge,
+    ShuttingDown,
+    Unauthorized,
+    ValidationError,
+    WrongMethod,
+    presentable,
+)
 from .infer import Deadline
 from .routes import chat, completions, docs, generate, info, kserve, models, sagemaker, tokenize, vertex
 from .server import DEADLINE, OPEN_PATHS, REQUEST_ID, SERVER, TRACE, Server, request_id
@@ -110,15 +119,26 @@ async def _respond(request: web.Request, handler: Handler, server: Server) -> we
         return await handler(request)
     except web.HTTPRequestEntityTooLarge:
         return _refusal(request, server, PayloadTooLarge(server.config.payload_limit))
-    except web.HTTPException as error:  # no such path or method: TGI answers without a body
-        headers = {"allow": error.headers["Allow"]} if "Allow" in error.headers else {}
-        return web.Response(status=error.status, headers=headers)
+    except web.HTTPException as error:
+        return _nothing_here(request, error)
     except asyncio.CancelledError:
         raise
     except ConnectionError:  # the client has left; aiohttp notices when it tries to send this
         return web.Response(status=499)
     except Exception as error:
         return _refusal(request, server, presentable(error))
+
+
+def _nothing_here(request: web.Request, error: web.HTTPException) -> web.Response:
+    """No such path or method: TGI answers without a body, on OpenAI's routes its clients show the sentence."""
+    if is_openai(request) and error.status in (404, 405):
+        kind = NoSuchRoute if error.status == 404 else WrongMethod
+        response = error_response(request, kind(request.method, request.path))
+    else:
+        response = web.Response(status=error.status)
+    if "Allow" in error.headers:
+        response.headers["allow"] = error.headers["Allow"]
+    return response
 
 
 def _take_deadline(request: web.Request) -> None:
@@ -147,13 +167,17 @@ def _refusal(request: web.Request, server: Server, error: ApiError) -> web.Respo
 
 def _authenticate(request: web.Request, server: Server) -> None:
     """Raises Unauthorized."""
-    config = server.config
-    if request.method in ("GET", "HEAD") and (
-        request.path in OPEN_PATHS or request.path == config.aip_health_route or request.path in config.open_path
-    ):
+    if request.method in ("GET", "HEAD") and _is_open(request.path, server.config):
         return
     if not server.admits(request.headers.get("authorization", "")):
         raise Unauthorized()
+
+
+def _is_open(path: str, config: RouterConfig) -> bool:
+    """Whether GET needs no key. An `--open-path` that ends in a slash opens what is below it, too; `/` does not."""
+    if path in OPEN_PATHS or path == config.aip_health_route:
+        return True
+    return any(path == one or (one != "/" and one.endswith("/") and path.startswith(one)) for one in config.open_path)
 
 
 def _preflight(request: web.Request) -> web.Response:

@@ -205,6 +205,30 @@ class ModelNotFound(ApiError):
         super().__init__(f"The model {name!r} does not exist. GET /v1/models lists what there is.", param="model")
 
 
+class NoSuchRoute(ApiError):
+    """A path under /v1/ that this server does not have; elsewhere there is no body, as in TGI."""
+
+    status = 404
+    error_type = "not_found"
+    openai_type = "invalid_request_error"
+    openai_code = "unknown_url"
+
+    def __init__(self, method: str, path: str) -> None:
+        super().__init__(f"Unknown request URL: {method} {path[:200]}. GET /docs shows what there is.")
+
+
+class WrongMethod(ApiError):
+    """A path under /v1/ asked for with a method it does not take."""
+
+    status = 405
+    error_type = "not_found"
+    openai_type = "invalid_request_error"
+    openai_code = "method_not_supported"
+
+    def __init__(self, method: str, path: str) -> None:
+        super().__init__(f"{path[:200]} does not take {method}. GET /docs shows what there is.")
+
+
 class Overloaded(ApiError):
     """No permit left of `--max-concurrent-requests`."""
 
