@@ -158,7 +158,10 @@ class Flags:
     grpc_tls_key: str | None = _flag(_HTTP, "PEM file with the private key of --grpc-tls-cert.")
     api_key: str | None = _flag(_HTTP, "Key that clients must send as a bearer token.", secret=True)
     open_path: tuple[str, ...] = _flag(
-        _HTTP, "Path whose GET needs no API key, such as /metrics; repeat for more.", Kind.REPEATED, ()
+        _HTTP,
+        "Path whose GET needs no API key, such as /metrics; below it too when it ends in /. Repeat for more.",
+        Kind.REPEATED,
+        (),
     )
     cors_allow_origin: tuple[str, ...] = _flag(_HTTP, "Origin allowed by CORS; repeat for more.", Kind.REPEATED, ())
     strict_params: bool = _flag(

@@ -215,3 +215,16 @@ def test_the_router_prints_the_document_as_tgis_does() -> None:
     done = subprocess.run([script, "print-schema"], capture_output=True, text=True, timeout=120, check=True)
     assert json.loads(done.stdout)["paths"] == DOCUMENT["paths"]
     assert done.stdout.startswith('{\n  "openapi"')
+
+
+async def test_the_page_can_be_opened_to_those_without_a_key(tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("k")
+    wanted = ("/docs", "/docs/", "/docs/swagger-ui.css", "/openapi.json")
+    async with serving(api_key_file=str(tmp_path / "key")) as api:
+        assert [(await api.get(path)).status for path in wanted] == [401] * 4
+    opened = ("/docs", "/docs/", "/openapi.json", "/")
+    async with serving(api_key_file=str(tmp_path / "key"), open_path=opened) as api:
+        assert [(await api.get(path)).status for path in wanted] == [200] * 4
+        for path in ("/info", "/docsx", "/docs/../info", "/docs/%2e%2e/info"):
+            assert (await api.get(path)).status in (401, 404), path
+        assert (await api.post("/docs/", {})).status == 401

@@ -27,7 +27,9 @@ class RouterConfig:
     grpc_tls_key: str | None = flag("PEM file with its private key.", None)
     cors_allow_origin: tuple[str, ...] = flag("Origin allowed by CORS; repeat for more. None = any.", ())
     api_key_file: str | None = flag("File whose content is the API key that clients must send.", None)
-    open_path: tuple[str, ...] = flag("Path whose GET needs no API key; repeat for more.", ())
+    open_path: tuple[str, ...] = flag(
+        "Path whose GET needs no API key, below it too when it ends in `/`; repeat for more.", ()
+    )
     strict_params: bool = flag("Refuse a request body with unknown fields.", False)
     payload_limit: int = flag("Largest request body, bytes.", 2_000_000)
     compute_type: str = flag("Value of the x-compute-type response header.", "gpu+optimized")

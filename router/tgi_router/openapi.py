@@ -109,6 +109,7 @@ def document(routes: Sequence[web.RouteDef], version: str, base: str = "/") -> J
     described = [(route, found) for route in routes if (found := operation_of(route.handler)) is not None]
     refs, components = _components([operation for _, operation in described])
     special = {error for _, operation in described for error in operation.fails} | {ApiError}
+    special |= {error for error in all_errors() if error.status in (404, 405)}  # of paths that are no route's
     paths: dict[str, Json] = {}
     names: set[str] = set()
     for route, operation in described:
@@ -263,11 +264,9 @@ def _success(operation: Operation, refs: dict[Any, Json]) -> Json:
     return {**answer, "content": content} if content else answer
 
 
-def all_errors(root: type[ApiError] = ApiError) -> Iterator[type[ApiError]]:
-    """The tree of errors.py, root first."""
-    yield root
-    for below in root.__subclasses__():
-        yield from all_errors(below)
+def all_errors() -> list[type[ApiError]]:
+    """What errors.py declares, in its order."""
+    return [one for one in vars(errors).values() if isinstance(one, type) and issubclass(one, ApiError)]
 
 
 def _failures(
