@@ -28,7 +28,7 @@ class Prompt:
     text: the prompt, or a function that makes it (a chat template), which runs on a worker thread together with the
     tokenizer. ids: tokens the client gave instead of a text.
     grammar: what the output must spell, when the route decides that (`response_format`, tools), perhaps by the prompt's
-    text (which may begin the output's thoughts); else `parameters.grammar` does.
+    text (which may begin the output's thoughts) and then made on a worker thread; else `parameters.grammar` does.
     score: the prompt's own log-probabilities are wanted, each with so many alternatives. generates: false when nothing
     else is wanted; the parameters' `max_new_tokens` is 1 then, because a shard's step over a whole prompt samples.
     """
@@ -116,7 +116,8 @@ class Validator:
 
     async def _compiled(self, prompt: Prompt, text: str) -> str:
         """The grammar as the shards take it, empty when there is none."""
-        grammar = prompt.grammar(text) if callable(prompt.grammar) else prompt.grammar
+        make = prompt.grammar
+        grammar = await self._tokenizer.run(lambda: make(text)) if callable(make) else make
         if grammar is None and prompt.parameters.grammar is not None:
             grammar = from_tgi(prompt.parameters.grammar)
         return "" if grammar is None else await self.grammars.compile(grammar)
