@@ -232,6 +232,12 @@ class TestDeadlines:
             assert (await asyncio.wait_for(reader.readuntil(b"\r\n"), 60)).startswith(b"HTTP/1.1 504")
             writer.close()
 
+    async def test_a_time_that_is_over_at_once_is_a_timeout_like_any_other(self) -> None:
+        async with serving() as api:
+            for given in ("0.001", "0.0001", "1e-9"):
+                answer = await api.post("/generate", LONG, headers={"x-request-timeout": given})
+                assert (answer.status, answer.json["error_type"]) == (504, "timeout"), given
+
     async def test_one_that_is_done_in_time_has_its_whole_answer(self) -> None:
         async with serving() as api:
             for path in ("/generate", "/generate_stream"):

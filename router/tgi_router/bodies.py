@@ -4,6 +4,7 @@ Called by routes/*, sse.py and app.py.
 """
 
 import asyncio
+import math
 import re
 import time
 from typing import Any, TypeVar
@@ -54,13 +55,14 @@ async def read(request: web.Request, limit: int) -> bytes:
     size = limit if request.content_length is None else request.content_length
     seconds = READ_DEADLINE_S + size / _SLOWEST_BYTES_S
     deadline = request.get(DEADLINE)
+    left_s = math.inf if deadline is None else deadline.at_s - time.monotonic()
     try:
-        async with asyncio.timeout(seconds if deadline is None else min(seconds, deadline.at_s - time.monotonic())):
+        async with asyncio.timeout(min(seconds, left_s)):
             return await request.read()
     except web.HTTPRequestEntityTooLarge as error:
         raise PayloadTooLarge(limit) from error
     except TimeoutError as error:
-        if deadline is not None and time.monotonic() >= deadline.at_s:
+        if deadline is not None and left_s < seconds:
             raise DeadlineExceeded(deadline.timeout_s) from error
         raise RequestTimeout(f"The body did not arrive within {seconds:.0f} seconds.") from error
 
@@ -88,9 +90,16 @@ def report_unknown(request: web.Request, data: bytes, *types: type) -> None:
 
     Raises UnknownFields with `--strict-params`.
     """
-    names = unknown(data, known(*types))
-    if names:
+    if names := unknown_names(data, *types):
         report_ignored(request, names)
+
+
+def unknown_names(data: bytes, *types: type) -> list[str]:
+    """Fields of `data` that none of the structs `types` declares. Raises MalformedBody when a name is no text."""
+    try:
+        return unknown(data, known(*types))
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:  # what decoding skips, it does not check
+        raise MalformedBody(str(error)) from error
 
 
 def report_ignored(request: web.Request, names: list[str]) -> None:
