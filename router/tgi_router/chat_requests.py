@@ -96,24 +96,20 @@ def _rendering(server: Server, body: openai.ChatRequest, tools: Offer | None) ->
     )
 
 
-def _grammar(
-    server: Server, body: openai.ChatRequest, tools: Offer | None
-) -> Grammar | Callable[[str], Grammar | None] | None:
-    """What the answer must spell; where the model thinks first, that depends on the prompt. Raises ValidationError.
+def _grammar(server: Server, body: openai.ChatRequest, tools: Offer | None) -> Callable[[str], Grammar | None] | None:
+    """Makes what the answer must spell from the prompt, which may have begun the model's thoughts.
 
     Without grammars (`--disable-grammar-support`) tools can be offered all the same: calls that are none stay text.
     """
-    response = from_response_format(body.response_format)
-    if response is None and tools is not None and not tools.forced and server.config.disable_grammar_support:
+    if body.response_format is None and (tools is None or (server.config.disable_grammar_support and not tools.forced)):
         return None
-    dialect = server.dialect
-    marks = dialect.marks
-    if marks is None:
-        return answer_grammar(dialect, tools, response, in_thoughts=False)
-    continues = continues_final_message(body)
-    return lambda prompt: answer_grammar(
-        dialect, tools, response, in_thoughts=is_open(marks, prompt, continues=continues)
-    )
+    dialect, continues = server.dialect, continues_final_message(body)
+
+    def made(prompt: str) -> Grammar | None:
+        in_thoughts = dialect.marks is not None and is_open(dialect.marks, prompt, continues=continues)
+        return answer_grammar(dialect, tools, from_response_format(body.response_format), in_thoughts=in_thoughts)
+
+    return made
 
 
 def continues_final_message(body: openai.ChatRequest) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from . import reasoning, tools
-from .chat_messages import Taste, plain_messages
+from .chat_messages import Message, Taste, plain_messages
 from .chat_template import ChatTemplate
 from .config import RouterConfig
 from .errors import TemplateError
@@ -72,7 +72,8 @@ def _shows_calls(template: ChatTemplate, taste: Taste, count: int) -> bool:
     tool = {"name": "f", "description": "", "parameters": {"type": "object", "properties": {}}}
     call = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
     calls = [{"id": f"abcdefgh{number}", **call} for number in range(count)]
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": calls}]
+    messages: list[Message] = [{"role": "user", "content": "a"}]
+    messages.append({"role": "assistant", "content": None, "tool_calls": calls})
     messages += [{"role": "tool", "content": "b", "tool_call_id": call["id"]} for call in calls]
     try:
         template.render(plain_messages(messages, taste), tools=[{"type": "function", "function": tool}])
