@@ -115,3 +115,23 @@ async def test_what_is_known_is_never_listed() -> None:
         answer = await api.post("/v1/completions", body)
         assert answer.status == 200, answer.body
         assert "x-ignored-params" not in answer.headers
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/generate", b'{"inputs": "x", "\xff": 1}'),
+        ("/generate", b'{"inputs": "x", "parameters": {"\xff": 1}}'),
+        ("/v1/completions", b'{"prompt": "x", "\xff": 1}'),
+        ("/invocations", b'{"\xff": "x"}'),
+        ("/vertex", b'{"instances": [{"inputs": "x", "\xff": 1}]}'),
+        ("/vertex", b'{"instances": [{"\xff": "x"}]}'),
+        ("/v2/models/m/infer", b'{"inputs": [], "\xff": 1}'),
+    ],
+    ids=str,
+)
+async def test_a_name_that_is_no_text_makes_a_body_malformed(path: str, body: bytes) -> None:
+    async with serving() as api:
+        answer = await api.request("POST", path, data=body, headers={"content-type": "application/json"})
+        assert (answer.status, answer.json["error_type"]) == (400, "validation")
+        await api.idle()

@@ -10,7 +10,7 @@ from dataclasses import replace
 import msgspec
 from aiohttp import web
 
-from ..bodies import SPEAKS_OPENAI, begin, decode, json_response, read, report_ignored
+from ..bodies import SPEAKS_OPENAI, begin, decode, json_response, read, report_ignored, unknown_names
 from ..errors import ApiError, IncompletePrediction, NoInstances, TemplateError, ToolError, WrongShape
 from ..infer import Call
 from ..openai_requests import prepare
@@ -20,13 +20,13 @@ from ..schemas import openai
 from ..schemas.platforms import VertexInstance, VertexParameters, VertexRequest, VertexResponse
 from ..server import SERVER, Server
 from ..stream import Rules
-from ..unknown_fields import known, unknown
 from ..validation import Prompt
 from . import chat
 
 routes = web.RouteTableDef()
 
 _decoder = msgspec.json.Decoder(VertexRequest)
+_fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _instance_decoder = msgspec.json.Decoder(VertexInstance)
 # Of a chat these change nothing here: there is one prediction, as text, and nothing is streamed.
 _CHAT_IN_VAIN = ("stream", "stream_options", "n", "logprobs", "top_logprobs", "include_stop_str_in_output")
@@ -50,7 +50,7 @@ async def vertex(request: web.Request) -> web.Response:
     data = await read(request, server.config.payload_limit)
     body = decode(data, _decoder)
     call = begin(request)
-    in_vain = unknown(data, known(VertexRequest))
+    in_vain = unknown_names(data, VertexRequest)
     asked = []
     for index, raw in enumerate(body.instances):
         prompt, rules, ignored = _understand(server, bytes(raw), call, f"instances[{index}]")
@@ -72,7 +72,7 @@ def _understand(server: Server, data: bytes, call: Call, place: str) -> tuple[Pr
     given = instance.parameters or VertexParameters()
     parameters = GenerateParameters(do_sample=True, max_new_tokens=given.max_new_tokens, seed=given.seed)
     server.metrics.request_count.inc()
-    return Prompt(instance.inputs, parameters), Rules(), unknown(data, known(VertexInstance))
+    return Prompt(instance.inputs, parameters), Rules(), unknown_names(data, VertexInstance)
 
 
 def _understand_chat(
@@ -81,13 +81,12 @@ def _understand_chat(
     try:
         body = decode(data, chat.decoder)
     except WrongShape as error:
-        fields = msgspec.json.decode(data)
-        meant = error if isinstance(fields, dict) and "messages" in fields else not_a_prompt
+        meant = error if data.startswith(b"{") and "messages" in decode(data, _fields) else not_a_prompt
         reason = meant.message.removeprefix(meant.prefix)
         raise WrongShape(f"{place}: data did not match any variant of untagged enum VertexInstance: {reason}") from None
     asked = prepare(server, body, data, call, chat.prompts)
     in_vain = [name for name in _CHAT_IN_VAIN if getattr(body, name) is not None]
-    in_vain += unknown(data, known(openai.ChatRequest, OpenAISampling))
+    in_vain += unknown_names(data, openai.ChatRequest, OpenAISampling)
     return asked.prompts[0], replace(asked.rules, streaming=False, keep_stop=True), in_vain
 
 
