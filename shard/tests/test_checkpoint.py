@@ -10,6 +10,7 @@ import pytest
 import torch
 from model_driver import Driver, load
 from safetensors.torch import load_file, save_file
+from test_families import make_model
 from tgi_shard.checkpoint import Checkpoint, read_header
 from tgi_shard.errors import Bug, StartError
 
@@ -172,6 +173,61 @@ def test_rotary_buffers_and_a_tied_head_may_be_there_and_are_not_read(model: Pat
     save_file(tensors, model / WEIGHTS)
     change_config(tie_word_embeddings=True)(model)
     assert Driver(load(model)).prompt("a", [1, 2, 3]).isfinite().all()
+
+
+def saved(
+    directory: Path, config_class: str, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+) -> Path:
+    """A tiny model of another family, its tensors changed."""
+    make_model(config_class, {}).save_pretrained(directory)
+    save_file(change(load_file(directory / WEIGHTS)), directory / WEIGHTS)
+    return directory
+
+
+@pytest.mark.parametrize("config_class", ["GPT2Config", "BloomConfig", "OPTConfig", "GPTNeoXConfig"])
+def test_a_checkpoint_saved_without_the_outer_module_is_the_same_model(config_class: str, tmp_path: Path) -> None:
+    """As the first GPT-2, BLOOM and OPT checkpoints of the Hub are."""
+    prefix = {"OPTConfig": "model.", "GPTNeoXConfig": "gpt_neox."}.get(config_class, "transformer.")
+    whole = saved(tmp_path / "whole", config_class, lambda tensors: tensors)
+    bare = saved(
+        tmp_path / "bare", config_class, lambda tensors: {k.removeprefix(prefix): v for k, v in tensors.items()}
+    )
+    assert torch.equal(Driver(load(bare)).prompt("a", [1, 2, 3]), Driver(load(whole)).prompt("a", [1, 2, 3]))
+
+
+def test_a_tied_table_may_be_saved_under_the_heads_name(tmp_path: Path) -> None:
+    whole = saved(tmp_path / "whole", "GemmaConfig", lambda tensors: tensors)
+    other = saved(
+        tmp_path / "other",
+        "GemmaConfig",
+        lambda tensors: {k.replace("model.embed_tokens", "lm_head"): v for k, v in tensors.items()},
+    )
+    assert torch.equal(Driver(load(other)).prompt("a", [1, 2, 3]), Driver(load(whole)).prompt("a", [1, 2, 3]))
+
+
+@pytest.mark.parametrize(
+    ("config_class", "tensor", "shape"),
+    [
+        ("GPT2Config", "transformer.h.1.attn.c_attn.weight", [48, 144]),  # stored [in, out]
+        ("OPTConfig", "model.decoder.embed_positions.weight", [66, 48]),
+        ("FalconConfig", "transformer.h.0.self_attention.query_key_value.weight", [64, 48]),
+        ("Phi3Config", "model.layers.1.mlp.gate_up_proj.weight", [112, 60]),
+        ("MixtralConfig", "model.layers.0.block_sparse_moe.experts.6.w2.weight", [60, 56]),
+        ("GraniteMoeConfig", "model.layers.1.block_sparse_moe.input_linear.weight", [8, 112, 60]),
+        ("Gemma2Config", "model.layers.0.pre_feedforward_layernorm.weight", [60]),
+        ("PhiConfig", "lm_head.bias", [131]),
+        ("BloomConfig", "transformer.word_embeddings_layernorm.bias", [48]),
+    ],
+)
+def test_tensors_of_every_kind_are_named_when_they_are_missing(
+    config_class: str, tensor: str, shape: list[int], tmp_path: Path
+) -> None:
+    changes = {"PhiConfig": {"hidden_size": 48, "head_dim": None}, "Phi3Config": {"head_dim": None}}
+    make_model(config_class, changes.get(config_class, {})).save_pretrained(tmp_path)
+    change_tensors(lambda tensors: tensors.pop(tensor))(tmp_path)
+    with pytest.raises(StartError) as caught:
+        load(tmp_path)
+    assert f"tensor `{tensor}` of shape {shape} is missing" in str(caught.value)
 
 
 def test_progress_counts_every_byte_that_is_read_once(model: Path) -> None:

@@ -72,7 +72,9 @@ def test_every_usable_backend_is_the_reference_at_full_size(name: str, step: str
         assert error < {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[spec.dtype], backend.name
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral-window", "qwen3"])
+@pytest.mark.parametrize(
+    "name", ["llama", "mistral-window", "qwen3", "gemma2", "phimoe", "gpt-neox", "bloom", "olmo2", "cohere2"]
+)
 def test_bfloat16_is_as_close_to_float32_as_transformers(name: str, device: torch.device, tmp_path: Path) -> None:
     model = make_reference(name)
     model.save_pretrained(tmp_path)

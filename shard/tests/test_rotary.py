@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 import torch
 from tgi_shard.errors import StartError
-from tgi_shard.layers.rotary import DynamicScaling, LinearScaling, RotaryEmbedding, YarnScaling, rotate
+from tgi_shard.layers.rotary import DynamicScaling, LinearScaling, Rope, RotaryEmbedding, YarnScaling, rotate
 from tgi_shard.models import describe, hf_config
 from transformers import LlamaConfig
+from transformers.models.gptj import modeling_gptj as gptj
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 CPU = torch.device("cpu")
@@ -55,6 +56,34 @@ def test_beyond_the_original_positions_dynamic_scaling_grows_with_each_position(
         torch.testing.assert_close(table.sin[row, :, 12:], expected_sin[0, :, 12:], atol=2e-4, rtol=1e-4)
 
 
+def test_long_scaling_changes_its_factors_and_magnitude_beyond_the_original_positions() -> None:
+    """Within, as transformers computes a short sequence; beyond, as it computes the newest token of a long one."""
+    factors = {"short_factor": [1.0 + i / 4 for i in range(12)], "long_factor": [2.0 + i for i in range(12)]}
+    hf = config_json({"rope_type": "longrope", **factors, "original_max_position_embeddings": 1024})
+    reference = LlamaRotaryEmbedding(LlamaConfig(**{k: v for k, v in hf.items() if k != "model_type"}))
+    positions = torch.tensor([0, 5, 1023, 1024, 3000])
+    table = RotaryEmbedding(hf_config.rope(hf, 24), CPU, torch.float32).table(positions)
+    for row, position in enumerate(positions):
+        expected_cos, expected_sin = reference(table.cos, position[None, None])
+        torch.testing.assert_close(table.cos[row], expected_cos[0], atol=2e-4, rtol=1e-4)
+        torch.testing.assert_close(table.sin[row, :, 12:], expected_sin[0, :, 12:], atol=2e-4, rtol=1e-4)
+    hf["rope_parameters"] |= {"short_mscale": 1.25, "long_mscale": 1.5}
+    table = RotaryEmbedding(hf_config.rope(hf, 24), CPU, torch.float32).table(positions)
+    assert [round(value, 2) for value in table.cos.square().add(table.sin.square()).sqrt()[:, 0, 0].tolist()] == [
+        1.25, 1.25, 1.25, 1.5, 1.5,
+    ]  # fmt: skip
+
+
+def test_neighbouring_pairs_are_rotated_as_gptj_does() -> None:
+    heads, positions = torch.randn(3, 2, 24), torch.tensor([0, 7, 300])
+    table = RotaryEmbedding(Rope(10000.0, 8, None, "neighbours"), CPU, torch.float32).table(positions)
+    sin, cos = gptj.create_sinusoidal_positions(301, 8)[positions].chunk(2, -1)
+    expected = gptj.apply_rotary_pos_emb(heads[None, ..., :8], sin[None], cos[None])[0]
+    rotated = rotate(heads, table)
+    torch.testing.assert_close(rotated[..., :8], expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(rotated[..., 8:], heads[..., 8:])
+
+
 def test_a_rope_narrower_than_the_head_leaves_the_rest_alone() -> None:
     rope = hf_config.rope(config_json({"rope_type": "default", "partial_rotary_factor": 8 / 24}), 24)
     heads = torch.randn(3, 2, 24)
@@ -85,6 +114,8 @@ def test_the_flags_replace_the_scaling_and_extend_the_positions() -> None:
         assert spec.max_positions == 4096 * factor
     with pytest.raises(StartError, match=r"`--rope-factor` is 0.5, but must be at least 1"):
         describe(hf, "linear", 0.5)
+    with pytest.raises(StartError, match=r"`--rope-scaling` linear needs rotary positions, which gpt2 does not have"):
+        describe({"model_type": "gpt2", "n_embd": 8, "n_head": 2, "n_layer": 1, "vocab_size": 9}, "linear", 2.0)
 
 
 def test_the_longest_context_counts_the_scaling_where_the_config_does_not() -> None:
@@ -114,6 +145,11 @@ def test_the_longest_context_counts_the_scaling_where_the_config_does_not() -> N
         ({"rope_scaling": {"type": "linear"}}, "`factor` is missing"),
         ({"rope_scaling": "linear"}, "the rope parameters are 'linear'"),
         ({"head_dim": 7}, "need an even head size, but it is 7"),
+        ({"partial_rotary_factor": 0.3}, "but it is 7 (`partial_rotary_factor` 0.3 of 24)"),
+        ({"model_type": "phimoe", "num_experts_per_tok": 3}, "`num_experts_per_tok` is 3; only 2 is supported"),
+        ({"model_type": "smollm3", "no_rope_layers": [1, 0]}, "`no_rope_layers` must hold 1 numbers"),
+        ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "only False is supported"),
+        ({"model_type": "mpt", "attn_config": {"alibi": False}}, "`alibi` is False; only True is supported"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantized with 'gptq' are not supported yet"),
         ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 0}, "`sliding_window` is 0"),
         ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4, "layer_types": []}, None),
