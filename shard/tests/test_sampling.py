@@ -513,6 +513,7 @@ def test_a_row_whose_logits_are_not_finite_is_seen_and_disturbs_nobody(bad):
         (SamplingParameters(min_p=1.5), "min_p"),
         (SamplingParameters(min_p=float("nan")), "min_p"),
         (SamplingParameters(logit_bias=((3, float("inf")),)), "logit_bias"),
+        (SamplingParameters(logit_bias=tuple((i, 1.0) for i in range(1025))), "logit_bias"),
     ],
 )
 def test_parameters_out_of_range_are_refused_by_name(parameters, name):

@@ -19,6 +19,7 @@ from .grammar.masks import GrammarMasks
 from .host import available_memory
 from .kv_cache import KvCache, KvGeometry
 from .rows import RowLimits, RowTable
+from .sampling.parameters import MAX_BIASES
 from .sampling.sampler import Sampler
 from .sampling.watermark import Watermark
 
@@ -103,7 +104,16 @@ def _admission(i: int, num_tokens: int, shape: Shape) -> pb.Admission:
     """Every row asks for everything, which takes the most memory; but the first is greedy and wants its prompt's."""
     greedy = pb.SamplingParameters(temperature=1.0, top_p=1.0, typical_p=1.0, repetition_penalty=1.0)
     everything = pb.SamplingParameters(
-        temperature=0.7, top_k=50, top_p=0.9, typical_p=0.9, repetition_penalty=1.1, seed=i
+        temperature=0.7,
+        top_k=50,
+        top_p=0.9,
+        min_p=0.01,
+        typical_p=0.9,
+        repetition_penalty=1.1,
+        frequency_penalty=0.1,
+        presence_penalty=0.1,
+        logit_bias=dict.fromkeys(range(min(MAX_BIASES, shape.vocab_size)), 1.0) if i == 1 else {},
+        seed=i,
     )
     return pb.Admission(
         request_id=i + 1,
@@ -113,6 +123,7 @@ def _admission(i: int, num_tokens: int, shape: Shape) -> pb.Admission:
         sampling=everything if i else greedy,
         top_n_tokens=5 if i else 0,
         prompt_logprobs=i == 0,
+        prompt_top_n_tokens=5 if i == 0 else 0,
     )
 
 

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 from ..errors import RowProblem
 
+MAX_BIASES = 1024  # entries of `logit_bias`; the router refuses more
+
 # One row's parameters. The last five are derived: they say which parts of the sampler the row needs at all.
 RECORD = np.dtype(
     [
@@ -91,6 +93,8 @@ class SamplingParameters:
                 raise RowProblem(f"`{name}_penalty` must be >= -2 and <= 2, given: {value}")
         if not 0.0 <= self.min_p <= 1.0:
             raise RowProblem(f"`min_p` must be >= 0 and <= 1, given: {self.min_p}")
+        if len(self.logit_bias) > MAX_BIASES:
+            raise RowProblem(f"`logit_bias` must have at most {MAX_BIASES} entries, given: {len(self.logit_bias)}")
         for token_id, bias in self.logit_bias:
             if not math.isfinite(bias):
                 raise RowProblem(f"`logit_bias` must be finite numbers, given: {bias} for token {token_id}")
