@@ -71,7 +71,7 @@ class Recipe:
 
 RECIPES = {
     "model": Recipe(steps=3600, minutes=75, matrix_lr=0.007, embedding_lr=0.003),
-    "draft": Recipe(steps=1800, minutes=20, matrix_lr=0.01, embedding_lr=0.004),
+    "draft": Recipe(steps=1800, minutes=12, matrix_lr=0.01, embedding_lr=0.004),
 }
 
 

@@ -24,6 +24,8 @@ DOCUMENTED = {
     "os.getcwd": "Return a unicode string representing the current working directory.",
     "collections.OrderedDict": "Dictionary that remembers insertion order",
     "random.shuffle": "Shuffle list x in place, and return None.",
+    "shutil.copytree": "Recursively copy a directory tree and return the destination directory.",
+    "heapq.heappush": "Push item onto heap, maintaining the heap invariant.",
 }
 TOOL = {
     "type": "function",
@@ -152,7 +154,7 @@ def test_a_file_it_never_saw_costs_few_bits() -> None:
     ids = torch.tensor([[0, *tokenizer().encode(text)]])
     with torch.no_grad():
         nats = load("model")(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
-    assert nats / log(2) / len(text.encode()) < 1.6
+    assert nats / log(2) / len(text.encode()) < 1.35
 
 
 def test_sampling_gives_varied_text() -> None:
@@ -163,9 +165,9 @@ def test_sampling_gives_varied_text() -> None:
 
 
 def test_the_draft_often_agrees_with_the_model() -> None:
-    """Greedy choices after every token of a file: what speculative decoding would accept (0.40 when trained)."""
+    """Greedy choices after every token of a file: what speculative decoding would accept (0.50 when trained)."""
     text = (Path(sysconfig.get_paths()["stdlib"]) / "sched.py").read_text(encoding="utf-8")
     ids = torch.tensor([tokenizer().encode(text)[:1024]])
     with torch.no_grad():
         same = load("model")(ids).logits.argmax(-1) == load("draft")(ids).logits.argmax(-1)
-    assert same.float().mean() > 0.3
+    assert same.float().mean() > 0.45
