@@ -173,7 +173,7 @@ def _settings(launch: Launch, plan: LaunchPlan, runtime_dir: Path, guard: Guard)
 def curl_line(address: str, *, with_key: bool) -> str:
     """A request to try."""
     key = ' -H "Authorization: Bearer $API_KEY"' if with_key else ""
-    body = '{"inputs": "def fibonacci(n):", "parameters": {"max_new_tokens": 40}}'
+    body = '{"inputs": "if __name__ ==", "parameters": {"max_new_tokens": 40}}'
     return f"curl {reachable(address)}/generate -H 'Content-Type: application/json'{key} -d '{body}'"
 
 
