@@ -138,7 +138,7 @@ class MoeLayer:
         results = torch.empty(len(order), x.shape[1], dtype=x.dtype, device=x.device)
         results[order] = self._experts(x[order // self._active], flat)
         # Added up in the order of the weights, whoever else is in the step.
-        out = (results.view(*weights.shape, -1) * weights.unsqueeze(-1).to(x.dtype)).sum(1)
+        out = (results.view(*weights.shape, -1) * weights.unsqueeze(-1)).sum(1).to(x.dtype)
         if self._shared is not None:
             out += self._shared(x, logits[:, -1:])
         return self._parallel.all_reduce(out)
