@@ -274,6 +274,17 @@ async def test_a_tool_is_called_answered_and_the_model_goes_on(tab: Tab) -> None
     assert await tab.js("document.querySelector('.turn.tool .body').textContent") == "21 degrees"
 
 
+async def test_an_output_format_is_kept_to(tab: Tab) -> None:
+    await tab.js("document.querySelector('[data-example=schema]').click()")
+    await set_field(tab, "format", "json")
+    found = json.loads(await ask(tab, "What a day!"))
+    assert found["mood"] in ("good", "bad", "neither")
+    assert found["sure"] in (True, False)
+    await completion(tab, regex="[0-9]{2}-[a-c]{3}", format="regex")
+    await ask(tab, "The code is ")
+    assert re.fullmatch("[0-9]{2}-[a-c]{3}", "".join(await texts(tab, ".t")))
+
+
 async def test_a_conversation_can_be_edited_regenerated_and_cleared(tab: Tab, server: Server) -> None:
     await ask(tab, "What does os.getcwd do?")
     await tab.click("[...document.querySelectorAll('.turn.user footer button')].find((b) => b.textContent === 'Edit')")
