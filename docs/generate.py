@@ -101,17 +101,17 @@ def object_lines(name: str, schema: Json) -> list[str]:
         required = field in schema.get("required", ())
         default = described.get("default")
         shown = "required" if required else "" if default is None else f"`{default}`"
-        lines.append(row(f"`{field}`", type_name(described), shown, described.get("description", "")))
+        lines.append(row(f"`{field}`", type_name(described, null=required), shown, described.get("description", "")))
     return [*lines, ""]
 
 
-def type_name(schema: Json) -> str:
-    """A JSON schema in a few words."""
+def type_name(schema: Json, *, null: bool = False) -> str:
+    """A JSON schema in a few words. null: whether it is worth saying; it is not where it means absent."""
     if "$ref" in schema:
         name = schema["$ref"].rpartition("/")[2]
         return f"[{name}](#{name.lower()})"
     if "anyOf" in schema:
-        return " or ".join(type_name(one) for one in schema["anyOf"] if one.get("type") != "null")
+        return " or ".join(type_name(one) for one in schema["anyOf"] if null or one.get("type") != "null")
     if "enum" in schema:
         return " or ".join(f"`{value}`" for value in schema["enum"])
     kind = schema.get("type", "any")
@@ -121,8 +121,9 @@ def type_name(schema: Json) -> str:
         return f"array of {type_name(schema.get('items', {}))}"
     if kind == "object" and "additionalProperties" in schema:
         return f"object of {type_name(schema['additionalProperties'] or {})}"
-    bounds = [f"{sign} {schema[word]}" for word, sign in (("minimum", "≥"), ("maximum", "≤")) if word in schema]
-    return " ".join([kind, *bounds])
+    if "maximum" in schema:
+        return f"{kind} {schema['minimum']} … {schema['maximum']}"
+    return f"{kind} ≥ {schema['minimum']}" if "minimum" in schema else str(kind)
 
 
 def row(*cells: str) -> str:

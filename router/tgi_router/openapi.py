@@ -158,8 +158,8 @@ def _components(operations: Sequence[Operation]) -> tuple[dict[Any, Json], dict[
     schemas, components = msgspec.json.schema_components(types, ref_template=_REF)
     for struct in _structs(types):
         named = components.get(struct.__name__, {})
-        if "description" in named:
-            named["description"] = _paragraphs(struct)[0]
+        if named.pop("description", None) is not None and (whole := _paragraphs(struct)[0]):
+            named["description"] = whole
         for name, help_ in _helps(struct).items():
             named["properties"][name].setdefault("description", help_)
     together = dict.fromkeys(structs for operation in operations for structs in operation.body)
