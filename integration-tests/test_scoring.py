@@ -184,3 +184,21 @@ def test_choices_of_a_seed_differ_and_come_again(server: Server) -> None:
     assert first == again
     assert [choice["index"] for choice in first] == list(range(15))
     assert len({choice["text"] for choice in first[:5]}) == 5
+
+
+def test_a_grammar_that_is_at_its_end_ends_the_text_in_spite_of_the_minimum(server: Server) -> None:
+    regex = {"type": "regex", "value": "abc"}
+    answer = complete(server, prompt=CONTEXTS[0], max_tokens=30, min_tokens=20, response_format=regex)
+    assert (answer["choices"][0]["text"], answer["choices"][0]["finish_reason"]) == ("abc", "stop")
+
+
+def test_a_bias_chooses_among_what_a_grammar_allows(server: Server, reference: Reference) -> None:
+    (seven,) = reference.ids("7")
+    options: dict[str, Any] = {
+        "prompt": CONTEXTS[0],
+        "max_tokens": 9,
+        "response_format": {"type": "regex", "value": "[0-9]{4}"},
+    }
+    biased = complete(server, **options, logit_bias={str(seven): 100})
+    assert biased["choices"][0]["text"] == "7777"
+    assert "7" not in complete(server, **options, logit_bias={str(seven): -100})["choices"][0]["text"]
