@@ -5,6 +5,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from llguidance import regex_to_lark
 from tgi_router import grammars, json_schemas
 from tgi_router.errors import ValidationError
 from tgi_router.grammars import GivenGrammar, Grammar
@@ -125,6 +126,14 @@ def test_a_schema_may_be_nested_a_hundred_levels() -> None:
 )
 def test_the_size_of_a_regular_expression_counts_repetitions(regex: str, size: int) -> None:
     assert json_schemas.regex_size(regex) == size
+
+
+@pytest.mark.parametrize(
+    "regex",
+    ["a/b", r"a\/b", r"a\\/b", r"\d\D\w\W\s\S", r"[\d/]{2}", "a\nb", r"\n\\n", r"\u{41}\p{L}\x41", "", r"\\d", '"é😀'],
+)
+def test_a_regular_expression_in_lark_is_what_llguidance_makes_of_it(regex: str) -> None:
+    assert json_schemas.lark_regex(regex) == f"/{regex_to_lark(regex, 'dws')}/"
 
 
 def test_objects_are_closed_as_in_tgi() -> None:

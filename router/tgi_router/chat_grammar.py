@@ -12,7 +12,7 @@ from typing import Any
 
 from .dialect import Dialect
 from .grammars import Grammar, check_schema, from_lark
-from .json_schemas import closed
+from .json_schemas import closed, lark_regex
 from .reasoning import Marks
 from .tools.base import Tool
 from .tools.grammar import ANYTHING, CallableTool, TokenId, marker, rules, until
@@ -48,20 +48,20 @@ def _checked(tools: Sequence[Tool]) -> list[CallableTool]:
     ]
 
 
-def _schema(schema: dict[str, Any], *, lenient: bool = False) -> str:
+def _schema(schema: dict[str, Any], *, lenient: bool = False) -> dict[str, Any]:
     """A client's schema as one that stands alone is compiled (grammar_trial.py): closed, with little white space.
 
     lenient: keywords that llguidance does not know are passed over.
     """
     options = {"whitespace_pattern": "[ ]?", "lenient": lenient}
-    return json.dumps({**closed(schema), "x-guidance": options}, ensure_ascii=False)
+    return {**closed(schema), "x-guidance": options}
 
 
 def _embedded(grammar: Grammar) -> str:
     """A schema or regular expression within Lark."""
     if grammar.kind == "json_schema":
-        return f"%json {_schema(json.loads(grammar.text))}"
-    return "/" + grammar.text.replace("\\/", "/").replace("/", "\\/") + "/"
+        return f"%json {json.dumps(_schema(json.loads(grammar.text)), ensure_ascii=False)}"
+    return lark_regex(grammar.text)
 
 
 def _after_thoughts(marks: Marks, token_id: TokenId, in_thoughts: bool) -> list[str]:

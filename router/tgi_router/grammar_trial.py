@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from tgi_proto.grammar import first_line, load_tokenizer, make_matcher
 
-from .json_schemas import closed
+from .json_schemas import closed, lark_regex
 
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
@@ -46,13 +46,12 @@ class Refused(Exception):
 
 def compiled(kind: str, text: str) -> str:
     """llguidance's JSON for a grammar. Raises Refused."""
-    from llguidance import LLMatcher, regex_to_lark
+    from llguidance import LLMatcher
 
     if kind == "lark":
         return json.dumps({"grammars": [{"lark_grammar": text}]})
     if kind == "regex":
-        # ASCII classes, as TGI had them and JavaScript has them.
-        return json.dumps({"grammars": [{"lark_grammar": f"start: /{regex_to_lark(text, 'dws')}/"}]})
+        return json.dumps({"grammars": [{"lark_grammar": f"start: {lark_regex(text)}"}]})
     schema = closed(json.loads(text))
     schema.pop("x-guidance", None)
     # At most one space between tokens, as in TGI: a model that likes space cannot go on for ever.

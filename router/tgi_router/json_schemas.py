@@ -73,6 +73,28 @@ def regex_size(regex: str) -> int:
     return sum(sizes)
 
 
+# Classes are ASCII, as TGI had them and JavaScript has them.
+_CLASSES = {"d": "[0-9]", "w": "[0-9a-zA-Z_]", "s": r"[ \t\n\r\f\v]"}
+_CLASSES |= {name.upper(): f"[^{members[1:]}" for name, members in _CLASSES.items()}
+
+
+def lark_regex(regex: str) -> str:
+    """`regex` as a terminal of llguidance's Lark, slashes around it."""
+    parts = []
+    position = 0
+    while position < len(regex):
+        character = regex[position]
+        if character == "\\" and position + 1 < len(regex):
+            position += 1
+            following = regex[position]
+            character = _CLASSES.get(following, "\\" + ("n" if following == "\n" else following))
+        elif character in "/\n":
+            character = "\\/" if character == "/" else "\\n"
+        parts.append(character)
+        position += 1
+    return f"/{''.join(parts)}/"
+
+
 def _count(regex: str, start: int) -> tuple[int, int] | None:
     """The larger number in `{n}`, `{n,}`, `{n,m}` or `{,m}` at `start`, and where it ends; None when it is no count."""
     end = regex.find("}", start, start + 32)
