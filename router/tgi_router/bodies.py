@@ -63,7 +63,7 @@ async def read(request: web.Request, limit: int) -> bytes:
         raise PayloadTooLarge(limit) from error
     except TimeoutError as error:
         if deadline is not None and left_s < seconds:
-            raise DeadlineExceeded(deadline.timeout_s) from error
+            raise DeadlineExceeded(deadline.timeout_s, deadline.name) from error
         raise RequestTimeout(f"The body did not arrive within {seconds:.0f} seconds.") from error
 
 

@@ -126,7 +126,8 @@ async def start(config: RouterConfig, batcher: Batcher, metrics: Metrics) -> Ser
     )
     if not tokenizer.vocabulary.is_bytes:
         logger.info("The tokenizer's ids are not bytes: text is decoded in a window, which costs more per token")
-    logger.info("Traces go to %s as %s", config.otlp_endpoint, config.otlp_service_name)
+    if tracing is not None:
+        logger.info("Traces go to %s as %s", config.otlp_endpoint, config.otlp_service_name)
     release = _version()
     server = Server(config, api_key, batcher, infer, metrics, tokenizer, template, model_dialect, release)
     server.tracing = tracing

@@ -169,7 +169,7 @@ class RequestTimeout(ApiError):
 
 
 class DeadlineExceeded(ApiError):
-    """The time that the client gave in `x-request-timeout` is over."""
+    """The time that the client gave is over."""
 
     status = 504
     error_type = "timeout"
@@ -177,8 +177,9 @@ class DeadlineExceeded(ApiError):
     openai_code = "request_timeout"
     failure = "timeout"
 
-    def __init__(self, timeout_s: float) -> None:
-        super().__init__(f"The request was not finished within {timeout_s:g} seconds, its `x-request-timeout`.")
+    def __init__(self, timeout_s: float, name: str) -> None:
+        """name: where the client gave it."""
+        super().__init__(f"The request was not finished within {timeout_s:g} seconds, its {name}.")
 
 
 class Unauthorized(ApiError):

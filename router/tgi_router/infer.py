@@ -30,6 +30,7 @@ class Deadline(NamedTuple):
 
     timeout_s: float  # as the client gave it
     at_s: float  # time.monotonic()
+    name: str = "`x-request-timeout`"  # where it gave it
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +142,7 @@ class Infer:
         if call.deadline is None:
             yield
             return
-        error = DeadlineExceeded(call.deadline.timeout_s)
+        error = DeadlineExceeded(call.deadline.timeout_s, call.deadline.name)
 
         def expire() -> None:
             stream.fail(error)

@@ -143,7 +143,7 @@ class Calls:
 def _deadline(context: Context) -> Deadline | None:
     """The caller's, which Infer keeps; gRPC cancels our side as well, some milliseconds earlier or later."""
     left_s = context.time_remaining()
-    return None if left_s is None else Deadline(left_s, time.monotonic() + left_s)
+    return None if left_s is None else Deadline(left_s, time.monotonic() + left_s, "deadline")
 
 
 class Writer:

@@ -7,7 +7,7 @@ from urllib.parse import quote
 
 import grpc
 
-from ..errors import ApiError, DeadlineExceeded, IncompleteGeneration, IncompleteGenerationStream
+from ..errors import ApiError, IncompleteGeneration, IncompleteGenerationStream
 
 Metadata = tuple[tuple[str, str], ...]
 
@@ -71,7 +71,7 @@ def trailing_metadata(error: ApiError) -> Metadata:
 
 def sentence(error: ApiError) -> str:
     """Its message, cut where it would not fit into the metadata of a client with gRPC's defaults."""
-    message = "The call's deadline has passed" if isinstance(error, DeadlineExceeded) else error.message
+    message = error.message
     size = 0
     for index, character in enumerate(message):
         size += 1 if " " <= character <= "~" and character != "%" else 3 * len(character.encode(errors="replace"))
