@@ -49,7 +49,7 @@ bench-router: $(VENV)/.dev ## CPU time of the router per token, on a fake shard
 bench-startup: $(VENV)/.dev ## time from launch to the first 200 of /health, by phase
 	$(BIN)/python -m benchmarks.startup $(ARGS)
 
-docs: $(VENV)/.dev ## write docs/reference/ from the code
+docs: $(VENV)/.dev ## write the generated pages of docs/ from the code
 	@$(BIN)/python docs/generate.py
 
 # Runs where there is a GPU, with whatever Python has torch there; installs nothing.

@@ -1,4 +1,4 @@
-"""Llama 1 to 3.3, and everything published in its layout.
+"""Llama 1 to 3.3: RMS norms, a rope, grouped heads and a gated MLP; and everything else published in this layout.
 
 Follows transformers' models/llama (configuration and names only).
 """
