@@ -169,7 +169,7 @@ class RequestTimeout(ApiError):
 
 
 class DeadlineExceeded(ApiError):
-    """The time that the client gave is over."""
+    """The time that the client gave (`x-request-timeout`, or a gRPC call's deadline) is over."""
 
     status = 504
     error_type = "timeout"
