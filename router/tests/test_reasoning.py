@@ -7,6 +7,7 @@ from tgi_router.errors import StartupError
 from tgi_router.message import Message, MessageParser
 from tgi_router.reasoning import MARKS, ReasoningParser, choose, is_open
 from tgi_router.tools import FORMATS
+from tgi_router.tools.base import Tool
 
 THINK = MARKS["deepseek"]
 
@@ -88,7 +89,7 @@ def test_auto_looks_into_the_template_and_none_means_none() -> None:
 
 def message(text: str, *, opened: bool, max_calls: int | None = None) -> tuple[Message, int]:
     parser = MessageParser(
-        ReasoningParser(THINK, is_open=opened), FORMATS["hermes"].parser(frozenset({"f", "g"})), max_calls
+        ReasoningParser(THINK, is_open=opened), FORMATS["hermes"].parser([Tool("f", {}), Tool("g", {})]), max_calls
     )
     result = Message()
     for character in text:

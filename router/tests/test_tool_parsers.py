@@ -7,14 +7,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tgi_router.errors import StartupError
 from tgi_router.tools import FORMATS, choose
-from tgi_router.tools.base import CallArguments, CallBegin, CallEnd, Event, Text, merged
+from tgi_router.tools.base import CallArguments, CallBegin, CallEnd, Event, Text, Tool, merged
 
-NAMES = frozenset({"f", "get_weather", "get"})
+TYPES = {"city": {"type": "string"}, "days": {"type": "integer"}, "tags": {"type": "array"}, "any": {}}
+TOOLS = [Tool(name, {"type": "object", "properties": TYPES}) for name in ("f", "get_weather", "get")]
+NAMES = {tool.name for tool in TOOLS}
 PARIS = '{"city": "Paris"}'
 
 
 def parse(name: str, pieces: list[str]) -> list[Event]:
-    parser = FORMATS[name].parser(NAMES)
+    parser = FORMATS[name].parser(TOOLS)
     events = [event for piece in pieces for event in parser.feed(piece)]
     return merged([*events, *parser.end()])
 
@@ -70,6 +72,22 @@ CALLS = [
         "",
         [("get_weather", PARIS), ("get", "{}"), ("f", "{}")],
     ),
+    (
+        "qwen3_xml",
+        "Sure.\n<tool_call>\n<function=f>\n<parameter=city>\nNew\n\nYork\n</parameter>\n<parameter=days>\n3\n</parameter>\n"
+        "</function>\n</tool_call>\n<tool_call>\n<function=get>\n</function>\n</tool_call>",
+        "Sure.",
+        [("f", '{"city": "New\\n\\nYork", "days": 3}'), ("get", "{}")],
+    ),
+    (
+        "qwen3_xml",
+        '<tool_call><function=f><parameter=tags>["a"]</parameter><parameter=any>5</parameter><parameter=city>5'
+        "</parameter><parameter=days>soon</parameter><parameter=new>x</parameter></function></tool_call>",
+        "",
+        [("f", '{"tags": ["a"], "any": 5, "city": "5", "days": "soon", "new": "x"}')],
+    ),
+    ("qwen3_xml", "<tool_call><function=f><parameter=city>Par", "", [("f", "{")]),  # cut off
+    ("qwen3_xml", "<tool_call><function=f>oh</function>", "oh</function>", [("f", "{}")]),
     ("json", '{"name": "f", "parameters": {}}', "", [("f", "{}")]),
     ("json", '[{"name": "f", "arguments": {}},\n {"name": "get"}]', "", [("f", "{}"), ("get", "{}")]),
     ("json", '{"name": "f"}\n{"name": "get"}', "", [("f", "{}"), ("get", "{}")]),
@@ -94,6 +112,9 @@ TEXTS = [
     ("hermes", '<tool_call>\n{"name": "f", '),
     ("hermes", '{"name": "f", "arguments": {}}'),  # not in the model's format
     ("hermes", "<tool_ca"),
+    ("qwen3_xml", "<tool_call>\n<function=fx>\n</function>"),
+    ("qwen3_xml", '<tool_call>\n{"name": "f"}'),
+    ("qwen3_xml", "<tool_call><func"),
     ("llama3_json", '{"answer": {"name": "f", "parameters": {}}}'),
     ("llama3_json", 'It is {"name": "f", "parameters": {}}'),
     ("llama3_json", '[{"name": "f", "parameters": {}}]'),
@@ -117,7 +138,7 @@ def test_what_is_no_call_of_an_offered_tool_stays_text_to_the_letter(name: str, 
 
 
 def test_arguments_are_passed_on_as_they_come() -> None:
-    parser = FORMATS["hermes"].parser(NAMES)
+    parser = FORMATS["hermes"].parser(TOOLS)
     assert parser.feed('<tool_call>\n{"name": "f", "arguments": ') == []
     assert parser.feed('{"city": "Par') == [CallBegin("f"), CallArguments('{"city": "Par')]
     assert parser.feed('is"') == [CallArguments('is"')]
@@ -125,11 +146,12 @@ def test_arguments_are_passed_on_as_they_come() -> None:
 
 
 def test_an_answer_in_json_is_not_held_back() -> None:
-    assert FORMATS["json"].parser(NAMES).feed('{"answer":') == [Text('{"answer":')]
+    assert FORMATS["json"].parser(TOOLS).feed('{"answer":') == [Text('{"answer":')]
 
 
 PIECES = [
     *("<tool_call>", "</tool_call>", "<|python_tag|>", "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "```json", "```"),
+    *("<function=", "<function=f>", "</function>", "<parameter=city>", "</parameter>", ">"),
     *('{"name": "f", "arguments": ', '{"name": "get"', ', "parameters": ', '{"a": 1}', '{"b": "}"}', "}", "{", '"'),
     *("[", "]", ",", ";", ":", "\\", "\n", " ", "f", "get_weather", "hello", "<", "null", "1.5", "é", "\u2003"),
 ]
@@ -191,7 +213,7 @@ def test_any_arguments_come_out_as_they_were_written(value: dict[str, object], a
         ("[AVAILABLE_TOOLS]{{ tools }}[TOOL_CALLS]", [], "mistral"),
         ('{{ tools }}{"name": function name, "parameters": {}}', ["<|python_tag|>"], "llama3_json"),
         ('{{ tools }}{"name": ..., "parameters": {}}', [], "json"),
-        ("<tool_call><function=name><parameter=a>", [], "json"),
+        ("{{ tools }}<tool_call><function=name><parameter=a>", [], "qwen3_xml"),
         ("", [], "json"),
     ],
 )
@@ -201,5 +223,5 @@ def test_auto_takes_the_format_of_the_chat_template(template: str, tokens: list[
 
 def test_a_format_can_be_named_and_a_wrong_name_is_refused() -> None:
     assert choose("mistral", "<tool_call>", [])[0] == "mistral"
-    with pytest.raises(StartupError, match="must be auto or one of mistral, hermes, llama3_json, json"):
+    with pytest.raises(StartupError, match="must be auto or one of mistral, qwen3_xml, hermes, llama3_json, json"):
         choose("xml", "", [])

@@ -146,7 +146,7 @@ class Reading:
             thoughts = ReasoningParser(marks, is_open=is_open(marks, prompt, continues=self.continues))
         if self.tools is None:
             return MessageParser(thoughts, None, None)
-        calls = self.dialect.style.parser(self.tools.names)
+        calls = self.dialect.style.parser(self.tools.tools)
         return MessageParser(thoughts, calls, None if self.tools.parallel else 1)
 
 

@@ -6,11 +6,12 @@ A new format is a file here and a line below. `auto` takes the first one that fi
 from collections.abc import Sequence
 
 from ..errors import StartupError
-from . import hermes, llama3, mistral, plain_json
+from . import hermes, llama3, mistral, plain_json, qwen3_xml
 from .base import ToolFormat
 
 FORMATS: dict[str, ToolFormat] = {
     "mistral": mistral.FORMAT,
+    "qwen3_xml": qwen3_xml.FORMAT,
     "hermes": hermes.FORMAT,
     "llama3_json": llama3.FORMAT,
     "json": plain_json.FORMAT,

@@ -4,6 +4,7 @@ A `ToolFormat` is how one kind of model writes its calls: a parser that finds th
 grammar that forces them. Formats are registered in __init__.py; requests.py reads tools out of requests.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -71,20 +72,29 @@ class Places(NamedTuple):
     last: str
 
 
+def json_arguments(rule: str, schema: dict[str, Any]) -> list[str]:
+    """Arguments as JSON text."""
+    return [f"{rule}: %json {json.dumps(schema, ensure_ascii=False)}"]
+
+
 @dataclass(frozen=True, slots=True)
 class ToolFormat:
     """How a kind of model writes calls.
 
     fits: whether a model with this chat template and these added tokens writes so; asked in order of registration.
-    parser: for the names of the offered tools. places: the grammar's parts; its argument gives a marker's Lark source.
-    opening: text that begins calls; "" = none. forced: a forced call begins with it, too. starts: regular expression
-    of what a message begins with that is a call without an opening; "" = there are none. markers: further texts whose
-    special tokens the parser must see. id_length: the template demands ids of exactly so many letters and digits.
+    parser: for the offered tools.
+    places: the grammar's parts; its argument gives a marker's Lark source.
+    arguments: the grammar's rules for arguments that fit a schema, the first with the given name.
+    opening: text that begins calls; "" = none.
+    starts: regular expression of what a message begins with that is a call without an opening; "" = there is none.
+    markers: further texts whose special tokens the parser must see.
+    id_length: the template demands ids of exactly so many letters and digits.
     """
 
     fits: Callable[[str, Sequence[str]], bool]
-    parser: Callable[[frozenset[str]], ToolParser]
+    parser: Callable[[Sequence[Tool]], ToolParser]
     places: Callable[[Callable[[str], str]], Places]
+    arguments: Callable[[str, dict[str, Any]], list[str]] = json_arguments
     opening: str = ""
     starts: str = ""
     markers: tuple[str, ...] = ()

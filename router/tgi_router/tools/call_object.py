@@ -5,23 +5,17 @@ are passed on as they come; before that, whatever does not fit makes it text aga
 """
 
 import json
+from collections.abc import Sequence
 from enum import Enum, auto
 
-from .base import CallArguments, CallBegin, CallEnd, Event
+from .base import CallArguments, CallBegin, CallEnd, Event, Tool
+from .reading import Reading
 
 _SPACE = " \t\r\n"
 _NAME_KEYS = ("name", "function")
 _ARGUMENT_KEYS = ("arguments", "parameters")
 # An object whose first key is another one is an answer in JSON, not a call.
 _FIRST_KEYS = (*_NAME_KEYS, *_ARGUMENT_KEYS, "type", "id")
-
-
-class Reading(Enum):
-    """How far an object has been read."""
-
-    MORE = auto()
-    DONE = auto()  # with this character
-    BROKEN = auto()  # this character or what it completes cannot be part of a call
 
 
 class JsonValue:
@@ -68,13 +62,13 @@ class _At(Enum):
 
 
 class CallObject:
-    """Reads one object. Once it has reported anything it is a call for good."""
+    """See CallReader."""
 
-    def __init__(self, names: frozenset[str]) -> None:
-        """names: of the offered tools."""
+    def __init__(self, tools: Sequence[Tool]) -> None:
+        """tools: the offered ones."""
         self.is_call = False
         self._events: list[Event] = []
-        self._names = names
+        self._names = frozenset(tool.name for tool in tools)
         self._name: str | None = None
         self._arguments: str | None = None  # once complete
         self._streams = False  # the value being read is the arguments, passed on as it comes
@@ -85,7 +79,7 @@ class CallObject:
         self._at = _At.START
 
     def take_events(self) -> list[Event]:
-        """What was reported since the last call."""
+        """See CallReader."""
         events, self._events = self._events, []
         return events
 
@@ -94,7 +88,7 @@ class CallObject:
         self._events += events
 
     def add(self, c: str) -> Reading:
-        """Takes the next character; nothing may follow DONE or BROKEN."""
+        """See CallReader."""
         at = self._at
         if at is _At.VALUE or at is _At.KEY:
             return self._in_value(c)

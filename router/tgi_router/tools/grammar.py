@@ -8,6 +8,7 @@ text it may be spelled out in other tokens, too. Called by chat_grammar.py.
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from .base import ToolFormat
 
@@ -18,10 +19,10 @@ TokenId = Callable[[str], int | None]  # of the vocabulary's token with a text, 
 
 @dataclass(frozen=True, slots=True)
 class CallableTool:
-    """A tool in a grammar. schema: JSON text."""
+    """A tool in a grammar. schema: of its arguments, with llguidance's options."""
 
     name: str
-    schema: str
+    schema: dict[str, Any]
 
 
 def rules(
@@ -38,7 +39,7 @@ def rules(
     for number, tool in enumerate(tools):
         source = places.call.replace("{name}", tool.name).replace("{arguments}", f"arguments_{number}")
         lines += [f"call_{number}: {source}", f"// `parameters` of the tool {tool.name}"]
-        lines.append(f"arguments_{number}: %json {tool.schema}")
+        lines += style.arguments(f"arguments_{number}", tool.schema)
     opened = "calls" if style.starts else f"{marker(style.opening, token_id)} calls"
     if instead == "TEXT":
         return [*_in_text(style, token_id), *lines]

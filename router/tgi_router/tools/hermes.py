@@ -9,7 +9,7 @@ _OPENING, _CLOSING = "<tool_call>", "</tool_call>"
 
 
 def _fits(template: str, special: Sequence[str]) -> bool:
-    return _OPENING in template and "<function=" not in template
+    return _OPENING in template
 
 
 def _places(marker: Callable[[str], str]) -> Places:
@@ -24,7 +24,7 @@ def _places(marker: Callable[[str], str]) -> Places:
 
 FORMAT = ToolFormat(
     fits=_fits,
-    parser=lambda names: JsonCalls(Shape(openings=(_OPENING,), closing=_CLOSING), names),
+    parser=lambda tools: JsonCalls(Shape(openings=(_OPENING,), closing=_CLOSING), tools),
     places=_places,
     opening=_OPENING,
     markers=(_CLOSING,),

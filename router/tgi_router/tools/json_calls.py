@@ -1,19 +1,21 @@
-"""The parser of every format whose calls are JSON: what stands around the calls is data (`Shape`).
+"""The parser of every format so far: what stands around the calls is data (`Shape`), a `CallReader` reads each call.
 
     free text <opening> { call } <closing> more text
     free text <opening> [ {call}, {call} ]
     { call } ; { call }                                a message that begins with a call (`bare`)
-    <opening> name { arguments }                       (`named`)
+    <opening> name { arguments }                       (`after_name`)
 
 Text that may still turn out to be a call is held back, and is text again, to the letter, when it does not.
 """
 
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from .base import CallArguments, CallBegin, CallEnd, Event, Text, merged
-from .call_object import CallObject, JsonValue, Reading
+from .base import CallArguments, CallBegin, CallEnd, Event, Text, Tool, merged
+from .call_object import CallObject, JsonValue
+from .reading import CallReader, Reading
 
 _SPACE = " \t\r\n"
 _MAX_HELD = 1000  # characters of white space and of what may be an opening
@@ -25,8 +27,8 @@ class Shape:
     """What stands around calls.
 
     openings: each begins calls. closing: may follow a call. bare: a message may begin with a call. lists: calls may
-    stand in an array. separators: characters between calls that follow each other. after_name: not "": the name may
-    stand before the arguments, followed by any of these markers.
+    stand in an array. separators: characters between calls that follow each other. after_name: not (): the name may
+    stand before the arguments, followed by any of these markers. head: the first character of what reader reads.
     """
 
     openings: tuple[str, ...] = ()
@@ -35,6 +37,8 @@ class Shape:
     lists: bool = False
     separators: str = ""
     after_name: tuple[str, ...] = ()
+    head: str = "{"
+    reader: Callable[[Sequence[Tool]], CallReader] = CallObject
 
 
 class _In(Enum):
@@ -51,17 +55,18 @@ class _In(Enum):
 class JsonCalls:
     """See ToolParser."""
 
-    def __init__(self, shape: Shape, names: frozenset[str]) -> None:
-        """names: of the offered tools."""
+    def __init__(self, shape: Shape, tools: Sequence[Tool]) -> None:
+        """tools: the offered ones."""
         self._shape = shape
-        self._names = names
+        self._tools = tools
+        self._names = frozenset(tool.name for tool in tools)
         self._events: list[Event] = []
         self._in = _In.TEXT
         self._held = ""  # read and not shown yet
         self._list = False  # within an array of calls
         self._num_calls = 0
         self._begun = False  # some text was shown, or a call
-        self._call = CallObject(names)
+        self._call = shape.reader(tools)
         self._arguments = JsonValue()
         self._name_at = 0  # where in _held the name begins
         heads = "".join(sorted({opening[0] for opening in shape.openings}))
@@ -140,9 +145,9 @@ class JsonCalls:
         self._held += c
         if c in _SPACE:
             return
-        if c == "{":
+        if c == self._shape.head:
             self._in = _In.CALL
-            self._call = CallObject(self._names)
+            self._call = self._shape.reader(self._tools)
             self._call.add(c)
         elif c == "[" and self._shape.lists and not self._list:
             self._list = True
@@ -155,11 +160,13 @@ class JsonCalls:
     def _in_call(self, c: str) -> None:
         self._held += c
         reading = self._call.add(c)
+        held = self._held
         if events := self._call.take_events():
             self._report(events)
         if reading is Reading.DONE:
             self._in, self._held = _In.AFTER, ""
         elif reading is Reading.BROKEN:
+            self._held = held  # it belongs to no call, even if one has just been ended for it
             self._fall_back()
 
     def _in_name(self, c: str) -> None:

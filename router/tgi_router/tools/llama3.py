@@ -26,7 +26,7 @@ def _places(marker: Callable[[str], str]) -> Places:
 
 FORMAT = ToolFormat(
     fits=_fits,
-    parser=lambda names: JsonCalls(Shape(openings=(_OPENING,), bare=True, separators=";"), names),
+    parser=lambda tools: JsonCalls(Shape(openings=(_OPENING,), bare=True, separators=";"), tools),
     places=_places,
     opening=_OPENING,
     starts=r'\{[ \n]*"name"[ \n]*:',

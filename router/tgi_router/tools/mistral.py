@@ -27,8 +27,8 @@ def _places(marker: Callable[[str], str]) -> Places:
 
 FORMAT = ToolFormat(
     fits=_fits,
-    parser=lambda names: JsonCalls(
-        Shape(openings=(_OPENING,), lists=True, separators=",", after_name=(_CALL_ID, _ARGS)), names
+    parser=lambda tools: JsonCalls(
+        Shape(openings=(_OPENING,), lists=True, separators=",", after_name=(_CALL_ID, _ARGS)), tools
     ),
     places=_places,
     opening=_OPENING,

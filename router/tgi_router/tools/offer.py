@@ -30,10 +30,6 @@ class Offer:
     forced: bool
     parallel: bool
 
-    @property
-    def names(self) -> frozenset[str]:
-        return frozenset(tool.name for tool in self.tools)
-
 
 def read(tools: Sequence[dict[str, Any]] | None, choice: Any, parallel: bool = True) -> Offer | None:
     """The offer, None when nothing may be called. Raises ToolError."""

@@ -23,8 +23,8 @@ def _places(marker: Callable[[str], str]) -> Places:
 
 FORMAT = ToolFormat(
     fits=_fits,
-    parser=lambda names: JsonCalls(
-        Shape(openings=(_FENCE,), closing="```", bare=True, lists=True, separators=",;"), names
+    parser=lambda tools: JsonCalls(
+        Shape(openings=(_FENCE,), closing="```", bare=True, lists=True, separators=",;"), tools
     ),
     places=_places,
     starts=r'\{[ \n]*"name"[ \n]*:',
