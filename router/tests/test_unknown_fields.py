@@ -8,7 +8,7 @@ import pytest
 from api_kit import serving
 from hypothesis import given
 from hypothesis import strategies as st
-from tgi_router.unknown_fields import header_value, known, unknown
+from tgi_router.unknown_fields import header_value, known, similar, unknown
 
 
 class Leaf(msgspec.Struct):
@@ -63,6 +63,23 @@ def test_a_field_that_one_of_several_structs_declares_is_known() -> None:
     assert names({"more": 1, "text": "", "less": 2}, Body, Other) == ["less"]
 
 
+@pytest.mark.parametrize(
+    ("path", "meant"),
+    [
+        ("leafs", "leaf"),
+        ("txet", None),
+        ("dictionnary", "dictionary"),
+        ("leaf.xx", None),
+        ("tagged.kinds", "kind"),
+        ("deep[0][3].w", None),
+        ("with.dots.in.it", None),
+        ("leaves[2].", None),
+    ],
+)
+def test_a_name_that_is_like_a_known_one_is_guessed(path: str, meant: str | None) -> None:
+    assert similar(path, known(Body)) == meant
+
+
 def test_space_around_a_body_changes_nothing() -> None:
     assert unknown(b' \n{ "q" : 1 , "leaf" :\t{"p":2} } ', known(Body)) == ["q", "leaf.p"]
 
@@ -103,7 +120,9 @@ async def test_unknown_fields_are_told_in_a_header_and_refused_when_asked(
         error = answer.json["error"]
         assert answer.status == (400 if path.startswith("/v1/") else 422)
         assert answer.json["error_type"] == "validation"
-        assert ignored in (error["message"] if path.startswith("/v1/") else error)
+        sentence = error["message"] if path.startswith("/v1/") else error
+        assert f"Unknown fields: `{ignored}`." in sentence
+        assert ("Did you mean `max_tokens`?" in sentence) == (ignored == "max_token")
 
 
 async def test_what_is_known_is_never_listed() -> None:

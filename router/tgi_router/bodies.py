@@ -27,7 +27,7 @@ from .schemas.errors import OpenAIError, OpenAIErrorResponse
 from .schemas.tgi import ErrorResponse
 from .server import DEADLINE, REQUEST_ID, SERVER, TRACE
 from .stream import Choice
-from .unknown_fields import header_value, known, unknown
+from .unknown_fields import header_value, known, similar, unknown
 
 T = TypeVar("T")
 
@@ -91,7 +91,7 @@ def report_unknown(request: web.Request, data: bytes, *types: type) -> None:
     Raises UnknownFields with `--strict-params`.
     """
     if names := unknown_names(data, *types):
-        report_ignored(request, names)
+        report_ignored(request, names, similar(names[0], known(*types)))
 
 
 def unknown_names(data: bytes, *types: type) -> list[str]:
@@ -102,11 +102,14 @@ def unknown_names(data: bytes, *types: type) -> list[str]:
         raise MalformedBody(str(error)) from error
 
 
-def report_ignored(request: web.Request, names: list[str]) -> None:
-    """The response will list `names` in `x-ignored-params`. Raises UnknownFields with `--strict-params`."""
+def report_ignored(request: web.Request, names: list[str], meant: str | None = None) -> None:
+    """The response will list `names` in `x-ignored-params`. Raises UnknownFields with `--strict-params`.
+
+    meant: the known name that the first of them is like.
+    """
     shown = header_value(names)
     if request.app[SERVER].config.strict_params:
-        raise UnknownFields(shown, names[0])
+        raise UnknownFields(shown, names[0], meant)
     request[IGNORED_PARAMS] = shown
 
 

@@ -128,9 +128,12 @@ class UnknownFields(ApiError):
     openai_type = "invalid_request_error"
     openai_code = "unknown_parameter"
 
-    def __init__(self, names: str, first: str) -> None:
+    def __init__(self, names: str, first: str, meant: str | None = None) -> None:
+        """meant: a known name that the first is like."""
+        guess = f" Did you mean `{meant}`?" if meant is not None else ""
         super().__init__(
-            f"Unknown fields: `{names}`. Without `--strict-params` they are ignored and listed in `x-ignored-params`",
+            f"Unknown fields: `{names}`.{guess} Without `--strict-params` they are ignored and listed in "
+            "`x-ignored-params`",
             param=first,
         )
 

@@ -4,7 +4,9 @@ Pure, and derived from the structs alone. msgspec skips such fields without a wo
 misspelt parameter is never taken for one that was honoured. Called by bodies.py once a body was decoded.
 """
 
+import re
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cache
 from typing import Any
 from urllib.parse import quote
@@ -75,6 +77,18 @@ def _collect(value: Any, place: Known, path: str, found: list[str]) -> None:
     elif isinstance(value, list) and place.items is not None:
         for index, item in enumerate(value):
             _collect(_VALUE.decode(item), place.items, f"{path[:-1]}[{index}].", found)
+
+
+def similar(path: str, place: Known) -> str | None:
+    """The name that was probably meant by `path`, one of those `unknown` found; None when there is none like it."""
+    *outer, name = re.sub(r"\[\d+\]", "", path).split(".")
+    found: Known | None = place
+    for part in outer:
+        found = dict(found.inner).get(part) if found is not None else None
+        while found is not None and found.fields is None:
+            found = found.items
+    names = () if found is None else sorted(found.fields or ())
+    return next(iter(get_close_matches(name, names, n=1, cutoff=0.8)), None)
 
 
 def header_value(names: list[str]) -> str:
