@@ -8,6 +8,8 @@ import grpc
 import pytest
 from api_kit import Api
 from grpc_kit import address, client, failure, serving
+from test_api_validation import FLAGS
+from test_validation import TABLE
 from tgi_proto import inference_pb2 as pb
 
 PARAMETERS: list[dict[str, Any]] = [
@@ -261,6 +263,26 @@ async def test_a_refused_request_gets_tgis_sentence(path: str, wrong: dict[str, 
         assert trailing["x-request-id"]
         assert api.server.metrics.request_failure.get("validation") == 2
         await api.idle()
+
+
+async def test_every_row_of_the_validation_table_gets_its_sentence_whole_and_streamed() -> None:
+    told = 0
+    async with serving(**FLAGS) as api, client(api) as stub:
+        for values, sentence in TABLE:
+            parameters = dict(values)
+            try:
+                wrong = request(parameters, parameters.pop("inputs", "hello"))
+            except (TypeError, ValueError):  # a negative token id, a seed beyond 64 bits: protobuf cannot say it
+                continue
+            told += 1
+            for method in (stub.Generate, stub.GenerateStream)[: 1 if "best_of" in values else 2]:
+                error, _ = await failure(method(wrong))
+                assert (error.code(), error.details()) == (
+                    grpc.StatusCode.INVALID_ARGUMENT,
+                    f"Input validation error: {sentence}",
+                )
+        await api.idle()
+    assert told >= len(TABLE) - 2
 
 
 async def test_what_a_stream_cannot_show_is_refused_as_over_rest() -> None:

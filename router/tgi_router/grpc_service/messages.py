@@ -47,11 +47,12 @@ def _plain(value: Any, path: str) -> Any:
     if isinstance(value, Message):
         return _object(value, f"{path}.")
     if isinstance(value, float) and not math.isfinite(value):  # JSON has no such numbers
-        raise ValidationError(f"`{path}` must be a finite number. Given: {value}", param=path)
+        name = path.rpartition(".")[2]
+        raise ValidationError(f"`{name}` must be a 32-bit number. Given: {value}", param=name)
     if isinstance(value, (str, int, float)):
         return value
     if isinstance(value, Mapping):
-        return {key: _plain(item, f"{path}.{key}") for key, item in value.items()}
+        return {key: _plain(item, f"{path}[{key}]") for key, item in value.items()}
     return [_plain(item, f"{path}[{index}]") for index, item in enumerate(value)]
 
 
