@@ -249,8 +249,8 @@ def spelled(server: Server, text: str) -> str:
 def sweep(server: Server, characters: list[str]) -> None:
     """Every character comes out as it is, and what is streamed adds up."""
     chunks = ["".join(characters[start : start + 100]) for start in range(0, len(characters), 100)]
-    for start in range(0, len(chunks), 16):
-        some = chunks[start : start + 16]
+    for start in range(0, len(chunks), 48):
+        some = chunks[start : start + 48]
         assert together(lambda chunk: spelled(server, chunk), some) == some
 
 
