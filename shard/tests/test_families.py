@@ -144,7 +144,22 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "mlp_bias": True,
         },
     ),
+    "ernie4-5": ("Ernie4_5Config", {"use_bias": True}),
+    "glm": ("GlmConfig", {}),
+    "glm4": ("Glm4Config", {}),
+    "olmo": ("OlmoConfig", {**SQUARE, "clip_qkv": 0.8}),
     "olmo2": ("Olmo2Config", {**SQUARE}),
+    "olmo3": (
+        "Olmo3Config",
+        {
+            **(SQUARE | ALTERNATING),
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
+                "full_attention": {"rope_type": "yarn", **YARN, "rope_theta": 5000.0},
+            },
+        },
+    ),
+    "seed-oss": ("SeedOssConfig", {}),
     "smollm3": ("SmolLM3Config", {**SQUARE, "no_rope_layers": [1, 0]}),
     "smollm3-window": (
         "SmolLM3Config",

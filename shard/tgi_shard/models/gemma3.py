@@ -5,9 +5,8 @@ Follows transformers' models/gemma3 (configuration and names only); `Gemma3ForCo
 
 from dataclasses import replace
 
-from ..layers.rotary import Rope
 from . import gemma2
-from .hf_config import PLAIN_ROPE, HfConfig, integer, number, refuse, rope_of, windows
+from .hf_config import HfConfig, integer, number, refuse, two_ropes, windows
 from .spec import DecoderSpec, HeadNorm, OffsetRmsNorm, with_windows
 
 NAMES = gemma2.NAMES
@@ -18,20 +17,11 @@ def spec(hf: HfConfig) -> DecoderSpec:
     plain = {key: value for key, value in hf.items() if key not in ("rope_parameters", "rope_scaling")}
     # What Gemma 2 has and this leaves out unless asked for.
     base = gemma2.spec({"attn_logit_softcapping": None, "final_logit_softcapping": None, **plain})
-    full, sliding = _ropes(hf, base.attention.head_dim)
+    local_theta = number(hf, "rope_local_base_freq", 10_000.0)
+    full, sliding = two_ropes(hf, base.attention.head_dim, 1_000_000.0, local_theta)
     period = integer(hf, "sliding_window_pattern", 6)
     limits = windows({"sliding_window": 4096, **hf}, base.num_layers, lambda layer: (layer + 1) % period != 0)
     base = with_windows(base, limits)
     layers = (replace(layer, position=full if layer.window is None else sliding) for layer in base.layers)
     attention = replace(base.attention, qk_norm=HeadNorm(OffsetRmsNorm(base.norm.eps)))
     return replace(base, model_type="gemma3_text", attention=attention, layers=tuple(layers))
-
-
-def _ropes(hf: HfConfig, head_dim: int) -> tuple[Rope, Rope]:
-    """Of full and of sliding layers: two entries of `rope_parameters`, or (before transformers 5) `rope_theta` with
-    `rope_scaling`, and `rope_local_base_freq`."""
-    both = hf.get("rope_parameters") or {"full_attention": hf.get("rope_scaling")}
-    local = {"rope_theta": number(hf, "rope_local_base_freq", 10_000.0)}
-    full = {"rope_theta": number(hf, "rope_theta", 1_000_000.0), **(both.get("full_attention") or {})}
-    sliding = {**local, **(both.get("sliding_attention") or {})}
-    return rope_of(hf, full, head_dim, PLAIN_ROPE), rope_of(hf, sliding, head_dim, PLAIN_ROPE)

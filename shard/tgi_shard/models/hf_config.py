@@ -152,6 +152,17 @@ def rope_of(hf: HfConfig, parameters: Any, head_dim: int, defaults: RopeDefaults
     return Rope(theta, dim, _scaling(hf, parameters, dim), defaults.pairing)
 
 
+def two_ropes(hf: HfConfig, head_dim: int, full_theta: float, sliding_theta: float) -> tuple[Rope, Rope]:
+    """Of full and of sliding layers: two entries of `rope_parameters`, or (before transformers 5) `rope_theta` with
+    `rope_scaling` for the full ones. The thetas hold where config.json does not say."""
+    both = hf.get("rope_parameters") or {"full_attention": hf.get("rope_scaling")}
+    if not isinstance(both, dict):
+        raise StartError(f"config.json: the rope parameters are {both!r}, expected an object.")
+    full = {"rope_theta": number(hf, "rope_theta", full_theta), **(both.get("full_attention") or {})}
+    sliding = {"rope_theta": sliding_theta, **(both.get("sliding_attention") or {})}
+    return rope_of(hf, full, head_dim, PLAIN_ROPE), rope_of(hf, sliding, head_dim, PLAIN_ROPE)
+
+
 def _scaling(hf: HfConfig, parameters: Mapping[str, Any], dim: int) -> RopeScaling | None:
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
     if kind == "default":
