@@ -166,6 +166,40 @@ class TestSlowClients:
             assert vars(told)["request_id"] == "lazy"
 
 
+COUNTS = {"max_best_of": 3, "max_stop_sequences": 1, "max_top_n_tokens": 2, "max_client_batch_size": 3}
+SHORT = {"messages": [{"role": "user", "content": "h"}], "max_tokens": 1, "logprobs": True}
+# path, body with "?" for what is counted, its limit
+CASES: list[tuple[str, dict[str, Any], int]] = [
+    ("/generate", {"inputs": "h", "parameters": {"best_of": "?", "do_sample": True, "max_new_tokens": 1}}, 3),
+    ("/generate", {"inputs": "h", "parameters": {"stop": ["?"], "max_new_tokens": 1}}, 1),
+    ("/generate", {"inputs": "h", "parameters": {"top_n_tokens": "?", "max_new_tokens": 1}}, 2),
+    ("/v1/chat/completions", {**SHORT, "stop": ["?"]}, 1),
+    ("/v1/chat/completions", {**SHORT, "top_logprobs": "?"}, 2),
+    ("/v1/completions", {"prompt": "h", "max_tokens": 1, "stop": ["?"]}, 1),
+    ("/v1/completions", {"prompt": "h", "max_tokens": 1, "logprobs": "?"}, 2),
+    ("/v1/completions", {"prompt": ["?"], "max_tokens": 1}, 3),
+]
+
+
+def filled(body: Any, count: int) -> Any:
+    """`body` with so many of what is counted."""
+    if isinstance(body, dict):
+        return {name: filled(value, count) for name, value in body.items()}
+    if body == ["?"]:
+        return [f"text {number}" for number in range(count)]
+    return count if body == "?" else body
+
+
+@pytest.mark.parametrize(("path", "body", "limit"), CASES, ids=[f"{path} {body}" for path, body, _ in CASES])
+async def test_as_many_as_the_flag_says_pass_and_one_more_is_told_the_limit(path: str, body: Any, limit: int) -> None:
+    async with serving(**COUNTS) as api:
+        assert (await api.post(path, filled(body, limit))).status == 200
+        answer = await api.post(path, filled(body, limit + 1))
+        assert answer.status in (400, 422)
+        assert answer.json["error_type"] in ("validation", "batch size exceeded")
+        assert str(limit) in str(answer.json["error"])
+
+
 class TestBytes:
     async def test_a_body_that_grows_when_it_is_unpacked_is_limited_by_what_it_becomes(self) -> None:
         async with serving(payload_limit=10_000) as api:
