@@ -1,6 +1,7 @@
 """Tools and thoughts on /v1/chat/completions: what the model says is scripted, what clients see is checked."""
 
 import json
+import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -206,6 +207,24 @@ async def test_thoughts_have_a_field_of_their_own_and_are_counted() -> None:
         }
 
 
+PIECES = [
+    *(CALL, "\n", " ", "Hello", "<tool_call>", "</tool_call>", '{"name": "get_time"', "}", "<", "</think>", "<think>"),
+    *('<tool_call>{"name": "get_time", "arguments": {}}</tool_call>', "é日", '", "arguments": {"a": [1, "}"]}'),
+]
+
+
+@pytest.mark.parametrize("seed", range(10))
+async def test_whatever_the_model_says_the_stream_adds_up_to_the_answer(seed: int) -> None:
+    chance = random.Random(seed)
+    text = "".join(chance.choices(PIECES, k=chance.randint(1, 9)))
+    template = chance.choice([TEMPLATE, THINKING])
+    async with saying(text, template=template) as api:
+        for count in (300, chance.randint(1, 40)):
+            await both(api, max_tokens=count, parallel_tool_calls=chance.random() < 0.7)
+        await both(api, tools=None)
+        await api.idle()
+
+
 async def test_thoughts_are_left_alone_when_told_so() -> None:
     async with saying("Hm.</think>Yes.", template=THINKING, reasoning_parser="none") as api:
         message, _ = await both(api, tools=None)
@@ -246,6 +265,23 @@ async def test_wrong_tools_are_refused_by_name(values: dict[str, Any], sentence:
         assert sentence in answer.json["error"]["message"]
         assert answer.json["error"]["param"] == param
         await api.idle()
+
+
+async def test_without_grammars_calls_are_read_but_cannot_be_forced() -> None:
+    async with saying(CALL, disable_grammar_support=True) as api:
+        assert (await both(api))[1] == "tool_calls"
+        answer = await api.post("/v1/chat/completions", body(tool_choice="required"))
+        assert (answer.status, answer.json["error"]["param"]) == (422, "tools")
+        assert "`--disable-grammar-support`" in answer.json["error"]["message"]
+
+
+async def test_a_schema_that_cannot_be_used_is_refused_with_the_tools_name() -> None:
+    wrong = {"function": {"name": "f", "parameters": {"properties": {"a": {"type": "nonsense"}}}}}
+    async with saying(CALL) as api:
+        for choice in ("auto", "required"):
+            answer = await api.post("/v1/chat/completions", body(tools=[TOOL, wrong], tool_choice=choice))
+            assert (answer.status, answer.json["error"]["param"]) == (422, "tools")
+            assert answer.json["error"]["message"].endswith("nonsense (`parameters` of the tool f)")
 
 
 async def test_the_openai_client_reads_calls_whole_and_streamed() -> None:

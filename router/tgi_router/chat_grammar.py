@@ -10,8 +10,11 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
+
 from .dialect import Dialect
-from .grammars import Grammar, check_schema, from_lark
+from .errors import ValidationError
+from .grammars import MAX_BYTES, Grammar, check_schema, from_lark
 from .json_schemas import closed, lark_regex
 from .reasoning import Marks
 from .tools.base import Tool
@@ -40,6 +43,9 @@ def answer_grammar(
 
 def _checked(tools: Sequence[Tool]) -> list[CallableTool]:
     """Raises ValidationError."""
+    size = len(msgspec.json.encode([tool.parameters for tool in tools]))  # before anything that takes longer
+    if size > MAX_BYTES:
+        raise ValidationError(f"`tools` must have at most {MAX_BYTES} bytes of schemas. Given: {size}", param="tools")
     for tool in tools:
         check_schema(tool.parameters, "tools")
     return [
