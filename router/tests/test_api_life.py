@@ -202,6 +202,7 @@ async def test_every_finished_request_has_one_line_in_the_log_without_its_text(
             assert record[name].endswith("s")
         refused = next(vars(record) for record in caplog.records if "cannot be empty" in record.message)
         assert (refused["request_id"], refused["levelname"]) == ("wrong", "INFO")
+        assert refused["total_time"].endswith("s")
         assert "secret" not in caplog.text
 
 

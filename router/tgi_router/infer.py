@@ -190,7 +190,17 @@ class Infer:
         self.shared.metrics.request_cancelled.inc()
         self.shared.metrics.request_failure.inc("dropped")
         generated = sum(choice.num_tokens for choice in stream.choices)
-        logger.info("Cancelled", extra={"request_id": call.request_id, "generated_tokens": generated})
+        logger.info("Cancelled", extra={**_how_long(call), "generated_tokens": generated})
+
+    def refuse_endless(self, count: int, call: Call) -> None:
+        """Raises Overloaded, counted, for more generations of one request than there are permits in all.
+
+        For routes that take a permit for each generation by itself: before any work is spent on the list.
+        """
+        if count > self._max_running:
+            error = Overloaded()
+            self.count_failure(error, call)
+            raise error
 
     def count_failure(self, error: ApiError, call: Call) -> None:
         """The metric and the log line of a failed request; routes call it for what they refuse themselves."""
@@ -198,7 +208,7 @@ class Infer:
             self.shared.metrics.request_failure.inc(error.failure)
         ours = error.failure in ("generation", "incomplete")  # the others are the client's, or pass by themselves
         level = logging.ERROR if ours else logging.INFO
-        logger.log(level, "%s", error.message, extra={"request_id": call.request_id, "error_type": error.error_type})
+        logger.log(level, "%s", error.message, extra={**_how_long(call), "error_type": error.error_type})
         error.logged = True
 
     def _account(self, stream: Stream, call: Call) -> None:
@@ -216,6 +226,11 @@ class Infer:
             metrics.request_mean_time_per_token_duration.observe(times.per_token)
             metrics.request_generated_tokens.observe(choice.num_tokens)
             logger.info("Success", extra={"request_id": call.request_id, **log_fields(choice, times)})
+
+
+def _how_long(call: Call) -> dict[str, str]:
+    """Fields of the line of a request that did not succeed: clients that give up do so after a time of their own."""
+    return {"request_id": call.request_id, "total_time": format_duration(time.monotonic() - call.started_s)}
 
 
 def log_fields(choice: Choice, times: Timings) -> dict[str, str | int | None]:
