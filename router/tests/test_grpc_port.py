@@ -130,6 +130,30 @@ async def test_files_that_are_no_certificate_and_its_key_are_an_error_at_start(
             pass
 
 
+async def test_a_renewed_certificate_is_used_without_a_restart_and_a_broken_one_is_not(
+    authority: trustme.CA, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+
+    async def reach(trusted: trustme.CA) -> grpc.StatusCode:
+        options = [("grpc.use_local_subchannel_pool", 1)]  # a connection, and a handshake, of its own
+        trusting = grpc.ssl_channel_credentials(trusted.cert_pem.bytes())
+        async with grpc.aio.secure_channel(address(api), trusting, options=options) as channel:
+            call = inference_pb2_grpc.InferenceStub(channel).Info(pb.InfoRequest(), timeout=20)
+            return await call.code()
+
+    other = trustme.CA()
+    async with serving(**write_pair(authority, tmp_path)) as api:
+        assert await reach(authority) is grpc.StatusCode.OK
+        write_pair(other, tmp_path)
+        assert await reach(other) is grpc.StatusCode.OK
+        assert await reach(authority) is grpc.StatusCode.UNAVAILABLE
+        assert "The gRPC port has a new certificate" in caplog.text
+        (tmp_path / "key.pem").write_text("nonsense")
+        assert await reach(other) is grpc.StatusCode.OK
+        assert "goes on with its old certificate" in caplog.text
+
+
 async def test_a_compressed_message_is_refused_before_it_is_unpacked() -> None:
     """It is measured as it comes: a few kilobytes could become gigabytes."""
     async with serving() as api, client(api) as stub:

@@ -6,9 +6,7 @@ Called by cli.py when `--grpc-port` is given.
 import asyncio
 import contextlib
 import logging
-import ssl
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -18,7 +16,7 @@ from tgi_proto import inference_pb2 as pb
 from ..config import RouterConfig
 from ..errors import StartupError, Unauthorized
 from ..server import Server
-from . import health
+from . import health, tls
 from .calls import Calls, Streamed, Whole
 from .errors import code, trailing_metadata
 from .health import Health
@@ -109,22 +107,9 @@ def _bind(grpc_server: Any, config: RouterConfig, host: str) -> None:
         if config.grpc_tls_cert is None or config.grpc_tls_key is None:
             grpc_server.add_insecure_port(address)
         else:
-            pair = _tls_pair(Path(config.grpc_tls_cert), Path(config.grpc_tls_key))
-            grpc_server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
+            grpc_server.add_secure_port(address, tls.credentials(config.grpc_tls_cert, config.grpc_tls_key))
     except RuntimeError as error:
         raise StartupError(f"`--grpc-port` {config.grpc_port} of {host} cannot be bound") from error
-
-
-def _tls_pair(cert: Path, key: Path) -> tuple[bytes, bytes]:
-    """(key, certificates) for gRPC, which says only in its own log what is wrong with them. Raises StartupError."""
-    try:
-        # The password of a protected key is not asked for: nobody would hear the question.
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, password="")
-        return key.read_bytes(), cert.read_bytes()
-    except ssl.SSLError as error:
-        raise StartupError(f"`--grpc-tls-cert` {cert} and `--grpc-tls-key` {key} are no pair: {error}") from error
-    except OSError as error:
-        raise StartupError(f"`--grpc-tls-cert` {cert} or `--grpc-tls-key` {key} cannot be read: {error}") from error
 
 
 class _KeyCheck(grpc.aio.ServerInterceptor):  # type: ignore[misc]
