@@ -219,6 +219,18 @@ async def test_kserves_failures_are_tgis(body: Any, status: int, error: str, err
         await api.idle()
 
 
+async def test_a_list_that_could_never_run_costs_nothing() -> None:
+    async with serving(max_concurrent_requests=3) as api:
+        for path, body in [
+            ("/vertex", {"instances": [{}] * 4}),
+            ("/v2/models/m/infer", kserve_request(*[[255]] * 4)),
+        ]:
+            answer = await api.post(path, body)
+            assert (answer.status, answer.json["error"]) == (500, "Incomplete generation")
+        assert api.server.metrics.request_failure.get("overloaded") == 2
+        await api.idle()
+
+
 async def test_a_chat_is_tokenized_as_the_template_renders_it() -> None:
     async with serving() as api:
         answer = await api.post("/chat_tokenize", {"messages": MESSAGES})

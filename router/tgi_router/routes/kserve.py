@@ -10,7 +10,7 @@ import msgspec
 from aiohttp import web
 from msgspec import UNSET
 
-from ..bodies import json_response, parse
+from ..bodies import begin, json_response, parse
 from ..errors import ApiError, IncompletePrediction, LengthMismatch, NotUtf8, Unhealthy, WrongShape
 from ..openapi import describe
 from ..parameters import GenerateParameters
@@ -86,6 +86,11 @@ async def kserve_model_metadata(request: web.Request) -> web.Response:
 async def kserve_model_infer(request: web.Request) -> web.Response:
     """Generate one text for each of several prompts."""
     body = await parse(request, _decoder)
+    server = request.app[SERVER]
+    try:
+        server.infer.refuse_endless(len(body.inputs), begin(request))
+    except ApiError as error:
+        raise IncompletePrediction() from error
     prompts = [_text(index, given) for index, given in enumerate(body.inputs)]
     outputs = body.outputs
     if outputs is None:
@@ -93,15 +98,14 @@ async def kserve_model_infer(request: web.Request) -> web.Response:
     if len(prompts) != len(outputs):
         raise LengthMismatch()
     parameters = body.parameters or GenerateParameters(do_sample=True)
-    server = request.app[SERVER]
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(generate_whole(request, server, prompt, parameters)) for prompt in prompts]
     except ExceptionGroup as failed:  # the first ended the others; it was counted and logged
-        error = failed.exceptions[0]
-        if isinstance(error, ApiError):
-            raise IncompletePrediction() from error
-        raise error from None
+        first = failed.exceptions[0]
+        if isinstance(first, ApiError):
+            raise IncompletePrediction() from first
+        raise first from None
     texts = [task.result()[0].generated_text for task in tasks]
     identity = UNSET if body.id is None else body.id
     return json_response(KServeResponse(id=identity, outputs=list(map(_output, texts, body.inputs, outputs))))

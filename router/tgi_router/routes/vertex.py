@@ -50,6 +50,10 @@ async def vertex(request: web.Request) -> web.Response:
     data = await read(request, server.config.payload_limit)
     body = decode(data, _decoder)
     call = begin(request)
+    try:
+        server.infer.refuse_endless(len(body.instances), call)
+    except ApiError as error:
+        raise IncompletePrediction() from error
     in_vain = unknown_names(data, VertexRequest)
     asked = []
     for index, raw in enumerate(body.instances):
