@@ -1,6 +1,7 @@
 """Experts: routing is that of transformers, and visiting the chosen ones is the grouped product of all of them."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -67,6 +68,19 @@ def test_the_sparse_mixer_is_that_of_transformers(jitter: float) -> None:
     assert torch.equal(experts, expected)
     torch.testing.assert_close(weights, expected_weights)
     assert (weights < 1).any()  # some were weighed against others
+
+
+@pytest.mark.parametrize(
+    ("config_class", "changes"), [("Qwen3MoeConfig", EXPERTS), ("GraniteMoeConfig", {"num_local_experts": 5})]
+)
+def test_other_devices_hold_the_experts_of_a_layer_in_two_tensors(
+    config_class: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    make_model(config_class, changes).save_pretrained(tmp_path)
+    decoder = load(tmp_path, device=torch.device("meta"), attention="reference")
+    assert all(isinstance(layer.mlp._experts, GroupedExperts) for layer in decoder._layers)
+    experts = [layer.mlp._experts.num_bytes for layer in load(tmp_path)._layers]
+    assert [layer.mlp._experts.num_bytes for layer in decoder._layers] == experts
 
 
 def test_experts_a_grouped_product_cannot_read_are_refused(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ NAMES = Names(
     gate_up=Concat(("mlp.dense_h_to_4h",)),
     down="mlp.dense_4h_to_h",
     # Masks and frequencies that old checkpoints carry.
-    ignorable=(r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",),
+    ignorable=(r"(gpt_neox\.)?layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",),
     optional_prefix="gpt_neox.",
 )
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ..checkpoint import Checkpoint
+from ..errors import Bug
 from ..layers.linear import Rows
 from .spec import (
     BareLayerNorm,
@@ -235,7 +236,7 @@ def _moe(names: Names, mlp: MoeMlp, hidden: int) -> Shapes:
 
 def moe_names(names: Names) -> MoeNames:
     if names.moe is None:
-        raise ValueError("the family describes experts, but not their names")
+        raise Bug("A family describes experts, but not their names. This is a bug.")
     return names.moe
 
 

@@ -28,6 +28,7 @@ NAMES = Names(
     out="self_attn.dense",
     gate_up=Concat(("mlp.fc1",)),
     down="mlp.fc2",
+    ignorable=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
 )
 
 
