@@ -5,6 +5,7 @@ are passed on as they come; before that, whatever does not fit makes it text aga
 """
 
 import json
+import re
 from collections.abc import Sequence
 from enum import Enum, auto
 
@@ -18,6 +19,10 @@ _ARGUMENT_KEYS = ("arguments", "parameters")
 _FIRST_KEYS = (*_NAME_KEYS, *_ARGUMENT_KEYS, "type", "id")
 
 
+_IN_STRING = re.compile(r'["\\]')
+_OUTSIDE = re.compile(r'["{}\[\]]')
+
+
 class JsonValue:
     """Finds the end of a JSON string, object or array. Brackets are counted, not matched: it never fails."""
 
@@ -28,8 +33,15 @@ class JsonValue:
         self._in_string = False
         self._escaped = False
 
+    def skip(self, text: str, start: int) -> int:
+        """Takes `text` from `start` on, up to the returned place, where something may change."""
+        if self._escaped:
+            return start
+        match = (_IN_STRING if self._in_string else _OUTSIDE).search(text, start)
+        return len(text) if match is None else match.start()
+
     def add(self, c: str) -> bool:
-        """Whether the value ends with `c`."""
+        """Takes a character; whether the value ends with it."""
         if self._in_string:
             if self._escaped:
                 self._escaped = False
@@ -87,6 +99,22 @@ class CallObject:
         self.is_call = True
         self._events += events
 
+    def skip(self, text: str, start: int) -> int:
+        """See CallReader."""
+        if self._at is not _At.VALUE and self._at is not _At.KEY:
+            return start
+        place = self._value.skip(text, start)
+        if place > start:
+            self._take(text[start:place])
+        return place
+
+    def _take(self, text: str) -> None:
+        """A piece of a string, object or array; the key is a string, too."""
+        if self._streams:
+            self._report(CallArguments(text))
+        else:
+            self._raw += text
+
     def add(self, c: str) -> Reading:
         """See CallReader."""
         at = self._at
@@ -129,11 +157,7 @@ class CallObject:
         self._value.add(c)
 
     def _in_value(self, c: str) -> Reading:
-        """Takes a character of a string, object or array; the key is a string, too."""
-        if self._streams:
-            self._report(CallArguments(c))
-        else:
-            self._raw += c
+        self._take(c)
         if not self._value.add(c):
             return Reading.MORE
         ok = self._key_ends() if self._at is _At.KEY else self._value_ends()

@@ -46,6 +46,15 @@ class CallTags:
         events, self._events = self._events, []
         return events
 
+    def skip(self, text: str, start: int) -> int:
+        """See CallReader."""
+        if self._at is not _At.VALUE:
+            return start
+        place = text.find(">", start)  # with which a value's end ends
+        place = len(text) if place < 0 else place
+        self._raw += text[start:place]
+        return place
+
     def add(self, c: str) -> Reading:
         """See CallReader."""
         self._raw += c

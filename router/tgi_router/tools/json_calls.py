@@ -8,7 +8,6 @@
 Text that may still turn out to be a call is held back, and is text again, to the letter, when it does not.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -18,7 +17,6 @@ from .call_object import CallObject, JsonValue
 from .reading import CallReader, Reading
 
 _SPACE = " \t\r\n"
-_MAX_HELD = 1000  # characters of white space and of what may be an opening
 _MAX_HEADER = 200  # characters of a name and the markers behind it
 
 
@@ -69,10 +67,7 @@ class JsonCalls:
         self._call = shape.reader(tools)
         self._arguments = JsonValue()
         self._name_at = 0  # where in _held the name begins
-        heads = "".join(sorted({opening[0] for opening in shape.openings}))
-        self._interesting = re.compile(f"[{re.escape(_SPACE + heads)}]")
         self._take = {
-            _In.TEXT: self._in_text,
             _In.OPENED: self._opened,
             _In.CALL: self._in_call,
             _In.NAME: self._in_name,
@@ -82,15 +77,7 @@ class JsonCalls:
 
     def feed(self, text: str) -> list[Event]:
         """See ToolParser."""
-        start = 0
-        if (
-            self._in is _In.TEXT and not self._held and (self._begun or not self._shape.bare)
-        ):  # plain text needs no look at every character
-            match = self._interesting.search(text)
-            start = match.start() if match is not None else len(text)
-            self._show(text[:start])
-        for c in text[start:]:
-            self._take[self._in](c)
+        self._read(text)
         events, self._events = merged(self._events), []
         return events
 
@@ -115,30 +102,60 @@ class JsonCalls:
         self._num_calls += sum(isinstance(event, CallBegin) for event in events)
         self._events += events
 
-    def _in_text(self, c: str) -> None:
-        """Holds back white space (which may stand before a call) and what may be an opening."""
-        shape = self._shape
-        self._held = held = self._held + c
-        if shape.bare and not self._begun and (c == "{" or (c == "[" and shape.lists)) and held.strip(_SPACE) == c:
-            self._held = held[:-1]
-            self._opened(c)
-            return
-        if any(held.endswith(opening) for opening in shape.openings):
-            self._in = _In.OPENED
-            return
-        partial = max((_overlap(held, opening) for opening in shape.openings), default=0)
-        shown = held[: len(held) - partial].rstrip(_SPACE)
-        if len(held) > _MAX_HELD:  # a model that writes nothing but line breaks must not cost the square of them
-            shown = held
+    def _read(self, text: str) -> None:
+        """Takes the next piece. Long runs are taken at once, all else a character at a time."""
+        place = 0
+        while place < len(text):
+            if self._in is _In.TEXT:
+                place = self._in_text(text, place)
+                continue
+            start = place
+            if self._in is _In.CALL:
+                place = self._call.skip(text, start)
+                self._held += text[start:place]
+                if events := self._call.take_events():
+                    self._report(events)
+            elif self._in is _In.ARGUMENTS:
+                place = self._arguments.skip(text, start)
+                if place > start:
+                    self._report([CallArguments(text[start:place])])
+            if place < len(text):
+                self._take[self._in](text[place])
+                place += 1
+
+    def _in_text(self, text: str, start: int) -> int:
+        """Takes `text` from `start` on, up to an opening; returns the place after it.
+
+        Holds back white space (which may stand before a call) and what may be an opening.
+        """
+        before, shape = len(self._held), self._shape
+        held = self._held + text[start:]
+        if shape.bare and not self._begun:
+            first = held.lstrip(_SPACE)[:1]
+            if first == shape.head or (first == "[" and shape.lists):
+                place = held.index(first)
+                self._held = held[:place]
+                self._opened(first)
+                return start + place + 1 - before
+        found = [(place + len(one), one) for one in shape.openings if (place := held.find(one)) >= 0]
+        if found:
+            end, opening = min(found)
+            held, place = held[:end], start + end - before
+            tail, self._in = len(opening), _In.OPENED
+        else:
+            place = len(text)
+            tail = max((_overlap(held, opening) for opening in shape.openings), default=0)
+        shown = held[: len(held) - tail].rstrip(_SPACE)
         self._held = held[len(shown) :]
         self._show(shown)
+        return place
 
     def _fall_back(self) -> None:
         """It is no call. The last character may begin another one."""
         held, self._held = self._held, ""
         self._in, self._list = _In.TEXT, False
         self._show(held[:-1])
-        self._in_text(held[-1])
+        self._in_text(held[-1], 0)
 
     def _opened(self, c: str) -> None:
         self._in = _In.OPENED
@@ -220,12 +237,13 @@ class JsonCalls:
         """What was held back after a call is text, or begins another call."""
         held, self._held = self._held, ""
         self._in = _In.TEXT
-        for c in held:
-            self._take[self._in](c)
+        self._read(held)
 
 
 def _overlap(text: str, opening: str) -> int:
     """Length of the longest end of `text` that begins `opening` and is not all of it."""
+    if opening[0] not in text[1 - len(opening) :]:
+        return 0
     for length in range(min(len(text), len(opening) - 1), 0, -1):
         if opening.startswith(text[-length:]):
             return length

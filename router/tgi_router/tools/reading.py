@@ -22,5 +22,8 @@ class CallReader(Protocol):
     def add(self, c: str) -> Reading:
         """Takes the next character; nothing may follow DONE or BROKEN."""
 
+    def skip(self, text: str, start: int) -> int:
+        """Takes `text` from `start` on as far as nothing can happen; returns the place where something may."""
+
     def take_events(self) -> list[Event]:
         """What was reported since the last call."""
