@@ -26,6 +26,7 @@ CACHE_BYTES = 16 << 20
 _MAX_WAITING = 256  # grammars that are being compiled
 _MAX_CHILDREN = 4  # grammars compiled at the same time
 _ANSWER_DEADLINE_S = 60.0  # the process ends every trial after 2 s of its own accord; a busy machine may need more
+_END_S = 2.0
 _HEADER = struct.Struct("<I")
 
 # What the shards get, or the reason why the grammar is refused.
@@ -166,9 +167,20 @@ class _Process:
                 if not future.done():
                     future.set_exception(error)
                     future.exception()  # seen, whether or not somebody waits
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            await process.communicate()  # to the end of its pipes, else asyncio complains about them
+            await _end(process)
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    """It ends with its stdin; if not, it is made to. Reads its pipes to their end, else asyncio complains."""
+    if process.stdin is not None:
+        process.stdin.close()
+    try:
+        async with asyncio.timeout(_END_S):
+            await process.communicate()
+    except TimeoutError:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.communicate()
 
 
 def _arguments(trial: Trial) -> str:

@@ -85,8 +85,8 @@ def _some_token(mask: bytes, chance: random.Random) -> int:
 def _sentence(kind: str, text: str, error: str) -> str:
     """TGI's sentence, with llguidance's reason."""
     reason = first_line(error)
-    if kind == "lark" and (place := _PLACE.match(reason)) is not None:
-        reason = place["reason"] + _about(text, int(place["line"]))
+    if kind != "json_schema" and (place := _PLACE.match(reason)) is not None:  # in our Lark, which nobody sees
+        reason = place["reason"] + (_about(text, int(place["line"])) if kind == "lark" else "")
     if "NoExtension" in reason:
         reason = "no text is possible under it"
     if kind == "json_schema" and not reason.lower().startswith(("invalid", "expected", "missing", "regex parse")):
@@ -205,9 +205,7 @@ def _be_child(tokenizer: "LLTokenizer", job: Job, pipe: int) -> None:
         signal.setitimer(signal.ITIMER_PROF, ROUNDS_S[job.round])
         if job.round:
             os.nice(10)
-        limit = _address_space() + _MEMORY_BYTES
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        _limit_memory()
         nowhere = os.open(os.devnull, os.O_RDWR)
         for descriptor in (0, 1, 2):  # the parent's, to end with it; 2: the last words of who runs out of memory
             os.dup2(nowhere, descriptor)
@@ -222,6 +220,13 @@ def _be_child(tokenizer: "LLTokenizer", job: Job, pipe: int) -> None:
         code = 0
     finally:
         os._exit(code)
+
+
+def _limit_memory() -> None:
+    limit = _address_space() + _MEMORY_BYTES
+    with contextlib.suppress(ValueError, OSError):  # not every system can; then there is the timer alone
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def _parts(data: bytes) -> Iterator[bytes]:
