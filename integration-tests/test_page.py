@@ -274,6 +274,30 @@ async def test_a_tool_is_called_answered_and_the_model_goes_on(tab: Tab) -> None
     assert await tab.js("document.querySelector('.turn.tool .body').textContent") == "21 degrees"
 
 
+@pytest.mark.parametrize("mode", ["chat", "text"])
+async def test_the_server_knows_every_parameter_that_is_set(tab: Tab, server: Server, mode: str) -> None:
+    fractions = {"temperature": 0.5, "top_p": 0.9, "min_p": 0.01, "typical_p": 0.9, "repetition_penalty": 1.1}
+    penalties = {"frequency_penalty": 0.1, "presence_penalty": 0.2}
+    values = {**fractions, **penalties, "max": 3, "seed": 7, "top_k": 9, "min_tokens": 2, "top": 1}
+    await set_field(tab, "stop", "xyz\\n\nuvw")
+    if mode == "text":
+        await completion(tab, truncate=5)
+    for name, value in values.items():
+        await set_field(tab, name, value)
+    await ask(tab, "def main():")
+    assert await tab.js("document.querySelector('.problem')") is None
+    await tab.click(action("curl"))
+    words = shlex.split(await tab.js("document.getElementById('curl').value"))
+    body = json.loads(words[words.index("-d") + 1])
+    sent = body["parameters"] if mode == "text" else body
+    assert sent["stop"] == ["xyz\n", "uvw"]
+    response = server.post(words[2].removeprefix(server.url), body)
+    assert response.status == 200
+    assert "x-ignored-params" not in response.headers
+    numbers = [value for value in sent.values() if type(value) in (int, float)]
+    assert sorted(numbers) == sorted([*values.values(), *([5] if mode == "text" else [])])
+
+
 async def test_an_output_format_is_kept_to(tab: Tab) -> None:
     await tab.js("document.querySelector('[data-example=schema]').click()")
     await set_field(tab, "format", "json")
