@@ -18,13 +18,13 @@ FORMATS: dict[str, ToolFormat] = {
 }
 
 
-def choose(name: str, template: str, special: Sequence[str]) -> tuple[str, ToolFormat]:
+def choose(name: str, template: str, tokens: Sequence[str]) -> tuple[str, ToolFormat]:
     """The format called `name`, or for `auto` the one that fits. Raises StartupError when there is none of that name.
 
-    template: the model's chat template for tools, "" when it has none. special: texts of its special tokens.
+    template: the model's chat template for tools, "" when it has none. tokens: texts of its added tokens.
     """
     if name == "auto":
-        return next((key, one) for key, one in FORMATS.items() if one.fits(template, special))
+        return next((key, one) for key, one in FORMATS.items() if one.fits(template, tokens))
     if name not in FORMATS:
         raise StartupError(f"`--tool-call-parser` must be auto or one of {', '.join(FORMATS)}. Given: {name}")
     return name, FORMATS[name]

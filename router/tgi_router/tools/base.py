@@ -1,7 +1,7 @@
 """What tool calling is made of: the tools a request offers, the events a parser reports, and a format of calls.
 
 A `ToolFormat` is how one kind of model writes its calls: a parser that finds them in the generated text, and the
-grammar that forces them. Formats are registered in __init__.py; requests.py reads tools out of requests.
+grammar that forces them. Formats are registered in __init__.py; offer.py reads tools out of requests.
 """
 
 import json

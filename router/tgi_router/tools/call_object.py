@@ -1,7 +1,7 @@
 """One call as a JSON object, `{"name": ..., "arguments": {...}}`, read character by character.
 
 As soon as the name is known to be one of an offered tool and the arguments have begun, it is a call and its arguments
-are passed on as they come; before that, whatever does not fit makes it text again. Used by json_calls.py.
+are passed on as they come; before that, whatever does not fit makes it text again. Used by shaped_calls.py.
 """
 
 import json

@@ -1,7 +1,7 @@
 """One call as tags, `<function=NAME><parameter=KEY>VALUE</parameter>...</function>`, read character by character.
 
 Values are plain text; what the tool's schema says decides what they are in JSON. With a known name it is a call, and
-each parameter is passed on when it is complete. Used by json_calls.py.
+each parameter is passed on when it is complete. Used by shaped_calls.py.
 """
 
 import json

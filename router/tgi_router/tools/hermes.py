@@ -3,12 +3,12 @@
 from collections.abc import Callable, Sequence
 
 from .base import Places, ToolFormat
-from .json_calls import JsonCalls, Shape
+from .shaped_calls import Shape, ShapedCalls
 
 _OPENING, _CLOSING = "<tool_call>", "</tool_call>"
 
 
-def _fits(template: str, special: Sequence[str]) -> bool:
+def _fits(template: str, tokens: Sequence[str]) -> bool:
     return _OPENING in template
 
 
@@ -24,7 +24,7 @@ def _places(marker: Callable[[str], str]) -> Places:
 
 FORMAT = ToolFormat(
     fits=_fits,
-    parser=lambda tools: JsonCalls(Shape(openings=(_OPENING,), closing=_CLOSING), tools),
+    parser=lambda tools: ShapedCalls(Shape(openings=(_OPENING,), closing=_CLOSING), tools),
     places=_places,
     opening=_OPENING,
     markers=(_CLOSING,),

@@ -6,13 +6,13 @@
 from collections.abc import Callable, Sequence
 
 from .base import Places, ToolFormat
-from .json_calls import JsonCalls, Shape
+from .shaped_calls import Shape, ShapedCalls
 
 _OPENING = "<|python_tag|>"
 
 
-def _fits(template: str, special: Sequence[str]) -> bool:
-    return _OPENING in template or (_OPENING in special and '"parameters"' in template)
+def _fits(template: str, tokens: Sequence[str]) -> bool:
+    return _OPENING in template or (_OPENING in tokens and '"parameters"' in template)
 
 
 def _places(marker: Callable[[str], str]) -> Places:
@@ -26,7 +26,7 @@ def _places(marker: Callable[[str], str]) -> Places:
 
 FORMAT = ToolFormat(
     fits=_fits,
-    parser=lambda tools: JsonCalls(Shape(openings=(_OPENING,), bare=True, separators=";"), tools),
+    parser=lambda tools: ShapedCalls(Shape(openings=(_OPENING,), bare=True, separators=";"), tools),
     places=_places,
     opening=_OPENING,
     starts=r'\{[ \n]*"name"[ \n]*:',

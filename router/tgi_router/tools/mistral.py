@@ -3,13 +3,13 @@
 from collections.abc import Callable, Sequence
 
 from .base import Places, ToolFormat
-from .json_calls import JsonCalls, Shape
+from .shaped_calls import Shape, ShapedCalls
 
 _OPENING = "[TOOL_CALLS]"
 _CALL_ID, _ARGS = "[CALL_ID]", "[ARGS]"
 
 
-def _fits(template: str, special: Sequence[str]) -> bool:
+def _fits(template: str, tokens: Sequence[str]) -> bool:
     return _OPENING in template
 
 
@@ -27,7 +27,7 @@ def _places(marker: Callable[[str], str]) -> Places:
 
 FORMAT = ToolFormat(
     fits=_fits,
-    parser=lambda tools: JsonCalls(
+    parser=lambda tools: ShapedCalls(
         Shape(openings=(_OPENING,), lists=True, separators=",", after_name=(_CALL_ID, _ARGS)), tools
     ),
     places=_places,

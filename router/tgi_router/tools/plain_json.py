@@ -3,12 +3,12 @@
 from collections.abc import Callable, Sequence
 
 from .base import Places, ToolFormat
-from .json_calls import JsonCalls, Shape
+from .shaped_calls import Shape, ShapedCalls
 
 _FENCE = "```json"
 
 
-def _fits(template: str, special: Sequence[str]) -> bool:
+def _fits(template: str, tokens: Sequence[str]) -> bool:
     return True
 
 
@@ -23,7 +23,7 @@ def _places(marker: Callable[[str], str]) -> Places:
 
 FORMAT = ToolFormat(
     fits=_fits,
-    parser=lambda tools: JsonCalls(
+    parser=lambda tools: ShapedCalls(
         Shape(openings=(_FENCE,), closing="```", bare=True, lists=True, separators=",;"), tools
     ),
     places=_places,

@@ -10,7 +10,7 @@ from typing import Any
 
 from .base import Places, ToolFormat
 from .call_tags import CallTags, is_text, resolved
-from .json_calls import JsonCalls, Shape
+from .shaped_calls import Shape, ShapedCalls
 
 _OPENING, _CLOSING = "<tool_call>", "</tool_call>"
 _END = r'"\n</parameter>\n"'
@@ -60,7 +60,7 @@ def _value(wanted: Any, schema: dict[str, Any], text: str) -> str:
 
 FORMAT = ToolFormat(
     fits=_fits,
-    parser=lambda tools: JsonCalls(Shape(openings=(_OPENING,), closing=_CLOSING, head="<", reader=CallTags), tools),
+    parser=lambda tools: ShapedCalls(Shape(openings=(_OPENING,), closing=_CLOSING, head="<", reader=CallTags), tools),
     places=_places,
     arguments=_arguments,
     opening=_OPENING,

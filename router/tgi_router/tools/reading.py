@@ -1,4 +1,4 @@
-"""How a single call is read: character by character, by a `CallReader` that json_calls.py gives them to."""
+"""How a single call is read: character by character, by a `CallReader` that shaped_calls.py gives them to."""
 
 from enum import Enum, auto
 from typing import Protocol

@@ -50,7 +50,7 @@ class _In(Enum):
     AFTER = auto()  # a call
 
 
-class JsonCalls:
+class ShapedCalls:
     """See ToolParser."""
 
     def __init__(self, shape: Shape, tools: Sequence[Tool]) -> None:
