@@ -51,10 +51,11 @@ async def until(api: Api, num_running: int) -> None:
             await asyncio.sleep(0.001)
 
 
-async def until_submitted(api: Api) -> None:
-    """Waits until the batcher has a request."""
+async def until_submitted(api: Api, count: int) -> None:
+    """Waits until the batcher has so many requests."""
+    core = api.server.batcher._core
     async with asyncio.timeout(60):
-        while not (api.server.batcher._core.waiting or api.server.batcher._core.running):  # noqa: ASYNC110
+        while len(core.running) + len(core.waiting) != count:  # noqa: ASYNC110  nothing announces it
             await asyncio.sleep(0.001)
 
 
@@ -68,9 +69,9 @@ async def requests_that_queue_run_together_and_share_a_prefix(moved: Moved) -> N
         assert (await generate(api)).status == 200
         brake = api.group.servers[0].may_answer = asyncio.Event()
         tasks = [generate(api, tokens=20)]
-        await until(api, 1)
+        await until_submitted(api, 1)
         tasks += [generate(api) for _ in range(2)]
-        await until(api, 3)
+        await until_submitted(api, 3)
         await moved.look(api)
         brake.set()
         assert [(await task).status for task in tasks] == [200, 200, 200]
@@ -103,7 +104,7 @@ async def requests_that_fail(moved: Moved) -> None:
         leaves.cancel()
         await until(api, 0)
         cut = generate(api)
-        await until_submitted(api)
+        await until_submitted(api, 1)
         await api.server.batcher.stop()
         assert (await cut).status == 500
         await moved.look(api)
@@ -119,7 +120,10 @@ async def shards_that_die(moved: Moved) -> None:
 
 async def a_pool_that_is_too_small(moved: Moved) -> None:
     async with serving(num_blocks=16, max_model_tokens=60) as api:
+        brake = api.group.servers[0].may_answer = asyncio.Event()
         answers = [generate(api, tokens=40, prompt=f"{number} hello") for number in range(3)]
+        await until_submitted(api, 3)
+        brake.set()
         assert [(await answer).status for answer in answers] == [200, 200, 200]
         await moved.look(api)
 
