@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import msgspec
 
 from .chat_requests import Reading
-from .message import Message, MessageParser, Reasoning
+from .message import Message, MessageEvent, MessageParser, Reasoning
 from .openai_answers import Identity, chat_logprob, finish_reason, usage
 from .request import FinishReason
 from .schemas import openai
@@ -28,6 +28,19 @@ class _Speaker:
     def __init__(self, parser: MessageParser) -> None:
         self.parser = parser
         self.message = Message()
+
+    def hear_all(self, tokens: Sequence[GeneratedToken]) -> None:
+        """All that is said; the same as token by token, at a fraction of the time."""
+        place = 0
+        while place < len(tokens) and self.parser.counts_tokens:
+            self._add(self.parser.feed(tokens[place].shown))
+            place += 1
+        self._add(self.parser.feed("".join([token.shown for token in tokens[place:]])))
+        self._add(self.parser.end())
+
+    def _add(self, events: Sequence[MessageEvent]) -> None:
+        for event in events:
+            self.message.add(event)
 
     def hear(self, token: GeneratedToken, *, last: bool) -> list[bytes]:
         """What the next token says, as the insides of OpenAI's deltas."""
@@ -91,8 +104,7 @@ class Answer:
         reason: openai.ChatFinishReason = finish_reason(choice)
         if not self._reading.is_plain:
             speaker = self._speaker(choice)
-            for token in choice.tokens:
-                speaker.hear(token, last=token is choice.last_token)
+            speaker.hear_all(choice.tokens)
             message = _message(speaker.message)
             reason = _reason(choice, speaker.message)
         return openai.ChatChoice(

@@ -31,6 +31,11 @@ class MessageParser:
         self._tools = tools
         self._calls_left = max_calls
 
+    @property
+    def counts_tokens(self) -> bool:
+        """The next token may be one of the thoughts; else its text may be fed together with what follows."""
+        return self._reasoning is not None and not self._reasoning.over
+
     def feed(self, text: str) -> list[MessageEvent]:
         """The text of one more token."""
         thoughts = ""

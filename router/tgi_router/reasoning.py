@@ -76,6 +76,11 @@ class ReasoningParser:
         """Whether the next piece of text continues the thoughts."""
         return self._in is _In.THOUGHTS
 
+    @property
+    def over(self) -> bool:
+        """The thoughts have ended, or there were none."""
+        return self._in in (_In.GAP, _In.ANSWER)
+
     def feed(self, text: str) -> Split:
         """What the next piece of text says."""
         if self._in is _In.ANSWER:
