@@ -155,15 +155,24 @@ class DenseMethod:
 class RowParallel:
     """A matrix whose input columns are split over the ranks: the ranks' results are summed."""
 
-    def __init__(self, method: LinearMethod, module: str, inputs: int, bias: bool, parallel: Parallel) -> None:
-        """inputs: columns of the whole matrix."""
+    def __init__(
+        self,
+        method: LinearMethod,
+        module: str,
+        inputs: int,
+        bias: bool,
+        parallel: Parallel,
+        summed: Parallel | None = None,
+    ) -> None:
+        """inputs: columns of the whole matrix. summed: over whom results are summed here; None = over `parallel`, a
+        group of one = by the caller."""
         share = split(inputs, parallel, f"the input of `{module}`")
         self._matmul = method.row(module, share, bias and parallel.rank == 0)
-        self._parallel = parallel
+        self._summed = parallel if summed is None else summed
         self.num_bytes = self._matmul.num_bytes
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._parallel.all_reduce(self._matmul(x))
+        return self._summed.all_reduce(self._matmul(x))
 
 
 def split(size: int, parallel: Parallel, what: str) -> slice:

@@ -64,11 +64,12 @@ class WideRmsNormLayer:
     Takes queries and keys together, `[T, H + K, D]`.
     """
 
-    def __init__(self, q: Tensor, k: Tensor, totals: tuple[int, int], eps: float, parallel: Parallel) -> None:
-        """q: this rank's weights `[H, D]`, k: `[K, D]`; totals: how many numbers are summed over all ranks, for each of
-        the two (a key head that two ranks share counts twice)."""
+    def __init__(self, q: Tensor, k: Tensor, eps: float, parallel: Parallel) -> None:
+        """This rank's weights: q `[H, D]`, k `[K, D]`."""
         self._weight, self._eps, self._parallel = torch.cat((q, k)), eps, parallel
         self._num_heads = q.shape[0]
+        # How many numbers are summed over all ranks; a key head that two ranks share is summed, and counted, twice.
+        totals = [parallel.world_size * part.numel() for part in (q, k)]
         self._totals = torch.tensor(totals, dtype=torch.float32, device=q.device)
         self._kinds = torch.tensor([0] * q.shape[0] + [1] * k.shape[0], device=q.device)
         self.num_bytes = self._weight.nbytes
@@ -79,8 +80,3 @@ class WideRmsNormLayer:
         sums = torch.stack((squares[:, : self._num_heads].sum(-1), squares[:, self._num_heads :].sum(-1)), -1)
         scale = torch.rsqrt(self._parallel.all_reduce(sums) / self._totals + self._eps)  # [T, 2]
         return (exact * scale[:, self._kinds].unsqueeze(-1) * self._weight).to(x.dtype)
-
-
-def stack_heads(norm_weights: list[tuple[Tensor, int]]) -> Tensor:
-    """One row of weights per head, from (weight `[D]` or `[heads, D]`, number of heads) pairs → `[heads, D]`."""
-    return torch.cat([weight.expand(heads, -1) for weight, heads in norm_weights])

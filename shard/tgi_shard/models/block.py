@@ -11,7 +11,7 @@ from ..attention.base import AttentionBackend
 from ..layers.rotary import Rope, RopeTable, rotate
 from ..step import StepInput
 from .parts import Parts
-from .spec import OutputNorm, Parallel, PostNorm, PreNorm, SandwichNorm, SharedNormParallel
+from .spec import OutputNorm, PostNorm, PreNorm, SandwichNorm, SharedNormParallel, TwoNormParallel
 
 KvCache = tuple[Tensor, Tensor]  # one layer's key and value pool, [num_blocks, S, K, D] each
 
@@ -53,6 +53,7 @@ class DecoderLayer:
 
     def __init__(self, number: int, parts: Parts, ropes: Sequence[Rope]) -> None:
         spec, names = parts.spec, parts.names
+        self._parallel = parts.parallel
         self.attention, self.mlp = AttentionLayer(number, parts, ropes), parts.mlp(number)
         self._attention_norm = parts.norm(names.in_layer(number, names.attention_norm), spec.norm)
         self._mlp_norm = self._attention_norm
@@ -102,12 +103,14 @@ class PostNormLayer(DecoderLayer):
         return self._mlp_norm(x.add_(self.mlp(x)))
 
 
-class ParallelLayer(DecoderLayer):
+class TwoNormParallelLayer(DecoderLayer):
+    """Attention and MLP are added on each rank, then over the ranks: one collective instead of two."""
+
     def forward(
         self, x: Tensor, ropes: Sequence[RopeTable], backend: AttentionBackend, step: StepInput, kv: KvCache
     ) -> Tensor:
         attended = self.attention(self._attention_norm(x), ropes, backend, step, kv)
-        return x.add_(attended.add_(self.mlp(self._mlp_norm(x))))
+        return x.add_(self._parallel.all_reduce(attended.add_(self.mlp(self._mlp_norm(x)))))
 
 
 class SharedNormParallelLayer(DecoderLayer):
@@ -115,7 +118,8 @@ class SharedNormParallelLayer(DecoderLayer):
         self, x: Tensor, ropes: Sequence[RopeTable], backend: AttentionBackend, step: StepInput, kv: KvCache
     ) -> Tensor:
         normed = self._attention_norm(x)
-        return x.add_(self.attention(normed, ropes, backend, step, kv).add_(self.mlp(normed)))
+        attended = self.attention(normed, ropes, backend, step, kv)
+        return x.add_(self._parallel.all_reduce(attended.add_(self.mlp(normed))))
 
 
 def make_layer(number: int, parts: Parts, ropes: Sequence[Rope]) -> DecoderLayer:
@@ -128,7 +132,7 @@ def make_layer(number: int, parts: Parts, ropes: Sequence[Rope]) -> DecoderLayer
             return SandwichNormLayer(number, parts, ropes)
         case PostNorm():
             return PostNormLayer(number, parts, ropes)
-        case Parallel():
-            return ParallelLayer(number, parts, ropes)
+        case TwoNormParallel():
+            return TwoNormParallelLayer(number, parts, ropes)
         case SharedNormParallel():
             return SharedNormParallelLayer(number, parts, ropes)

@@ -18,11 +18,11 @@ from .spec import (
     Layer,
     LayerNorm,
     Output,
-    Parallel,
     PlainMlp,
     PreNorm,
     Residual,
     SharedNormParallel,
+    TwoNormParallel,
     inverse_root,
 )
 
@@ -53,7 +53,7 @@ def spec(hf: HfConfig) -> DecoderSpec:
 
 
 def NAMES(hf: HfConfig) -> Names:
-    two_norms = isinstance(_residual(hf), Parallel)
+    two_norms = isinstance(_residual(hf), TwoNormParallel)
     return Names(
         embedding="transformer.word_embeddings",
         final_norm="transformer.ln_f",
@@ -81,5 +81,5 @@ def _kv_heads(hf: HfConfig, heads: int) -> int:
 
 def _residual(hf: HfConfig) -> Residual:
     if _is_new(hf):
-        return Parallel() if integer(hf, "num_ln_in_parallel_attn", 2) == 2 else SharedNormParallel()
+        return TwoNormParallel() if integer(hf, "num_ln_in_parallel_attn", 2) == 2 else SharedNormParallel()
     return SharedNormParallel() if flag(hf, "parallel_attn", True) else PreNorm()

@@ -5,7 +5,7 @@ Follows transformers' models/gpt_neox (configuration and names only).
 
 from .hf_config import HfConfig, RopeDefaults, activation, flag, integer, max_positions, number, rope
 from .names import Concat, Grouped, Names
-from .spec import Attention, DecoderSpec, Layer, LayerNorm, Output, Parallel, PlainMlp, PreNorm, inverse_root
+from .spec import Attention, DecoderSpec, Layer, LayerNorm, Output, PlainMlp, PreNorm, TwoNormParallel, inverse_root
 
 NAMES = Names(
     embedding="gpt_neox.embed_in",
@@ -41,5 +41,5 @@ def spec(hf: HfConfig) -> DecoderSpec:
         norm=norm,
         layers=(Layer(mlp, position),) * integer(hf, "num_hidden_layers"),
         output=Output(flag(hf, "tie_word_embeddings", False), norm),
-        residual=Parallel() if flag(hf, "use_parallel_residual", True) else PreNorm(),
+        residual=TwoNormParallel() if flag(hf, "use_parallel_residual", True) else PreNorm(),
     )

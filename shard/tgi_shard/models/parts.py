@@ -14,7 +14,7 @@ from ..errors import StartError
 from ..layers.linear import DenseMethod, Matmul, MatmulMaker, RowParallel, Rows, split
 from ..layers.mlp import GatedMlpLayer, PlainMlpLayer
 from ..layers.moe import GroupedExperts, MoeLayer, SharedExpertLayer, VisitedExperts
-from ..layers.norm import Float32RmsNormLayer, LayerNormLayer, NormLayer, RmsNormLayer, WideRmsNormLayer, stack_heads
+from ..layers.norm import Float32RmsNormLayer, LayerNormLayer, NormLayer, RmsNormLayer, WideRmsNormLayer
 from ..layers.weights import WeightReader
 from ..parallel import Parallel
 from .names import Layout, Names, SplitExperts, StackedExperts, layer_rows, moe_names
@@ -29,7 +29,10 @@ from .spec import (
     Norm,
     OffsetRmsNorm,
     PlainMlp,
+    QkNorm,
     RmsNorm,
+    SharedNormParallel,
+    TwoNormParallel,
     WideNorm,
 )
 
@@ -89,6 +92,9 @@ class Parts:
         self.spec, self.names, self.reader, self.parallel = spec, source.names, source.reader, parallel
         self.matmuls = MatmulMaker()
         self.heads = HeadSplit.of(spec, parallel)
+        # Where attention and MLP are added up anyway, the layer sums the two over the ranks at once.
+        is_joined = isinstance(spec.residual, TwoNormParallel | SharedNormParallel)
+        self._summed = Parallel.single() if is_joined else parallel
         self._linear = DenseMethod(source.reader, self.matmuls, source.names.transposed)
 
     def norm(self, module: str, norm: Norm) -> NormLayer:
@@ -121,33 +127,29 @@ class Parts:
 
     def qk_norm(self, number: int) -> NormLayer | None:
         """Of this rank's query and key heads together, `[T, H + K, D]`."""
-        kind, split = self.spec.attention.qk_norm, self.heads
+        kind = self.spec.attention.qk_norm
         if kind is None:
             return None
-        parts = []  # (weight [heads, D] or [D], bias, number of this rank's heads) of q and of k
-        for module, share in ((self.names.q_norm, split.heads), (self.names.k_norm, split.kv_heads)):
-            count = share.stop - share.start
-            if isinstance(kind, HeadNorm):
-                parts.append((*self._norm_weights(self.names.in_layer(number, module), kind.norm), count))
-                continue
-            single = [self.names.in_layer(number, module.format(head)) for head in range(share.start, share.stop)]
-            if "{}" in module:
-                weights, biases = zip(*(self._norm_weights(name, kind.norm) for name in single), strict=True)
-                bias = torch.stack(biases) if biases[0] is not None else None
-                parts.append((torch.stack(weights), bias, count))
-            else:
-                weight, _ = self._norm_weights(self.names.in_layer(number, module), kind.norm)
-                parts.append((weight.view(-1, self.spec.attention.head_dim)[share].contiguous(), None, count))
-        (q, q_bias, num_heads), (k, k_bias, num_kv_heads) = parts
+        heads, kv_heads = self.heads.heads, self.heads.kv_heads
+        q, q_bias = self._head_weights(self.names.in_layer(number, self.names.q_norm), kind, heads)
+        k, k_bias = self._head_weights(self.names.in_layer(number, self.names.k_norm), kind, kv_heads)
         if isinstance(kind, WideNorm):
-            world, dim = self.parallel.world_size, self.spec.attention.head_dim
-            return WideRmsNormLayer(
-                q, k, (world * num_heads * dim, world * num_kv_heads * dim), kind.norm.eps, self.parallel
-            )
-        bias = None
-        if q_bias is not None and k_bias is not None:
-            bias = stack_heads([(q_bias, num_heads), (k_bias, num_kv_heads)])
-        return _norm_layer(kind.norm, stack_heads([(q, num_heads), (k, num_kv_heads)]), bias)
+            return WideRmsNormLayer(q, k, kind.norm.eps, self.parallel)
+        bias = torch.cat((q_bias, k_bias)) if q_bias is not None and k_bias is not None else None
+        return _norm_layer(kind.norm, torch.cat((q, k)), bias)
+
+    def _head_weights(self, module: str, kind: QkNorm, share: slice) -> tuple[Tensor, Tensor | None]:
+        """Weights and biases of these heads, `[heads, D]` each."""
+        if isinstance(kind, HeadNorm):
+            parts = [self._norm_weights(module, kind.norm)] * (share.stop - share.start)
+        elif "{}" in module:
+            parts = [self._norm_weights(module.format(head), kind.norm) for head in range(share.start, share.stop)]
+        else:
+            dim = self.spec.attention.head_dim
+            weight, bias = self._norm_weights(module, kind.norm)
+            return weight.view(-1, dim)[share], None if bias is None else bias.view(-1, dim)[share]
+        biases = [bias for _, bias in parts if bias is not None]
+        return torch.stack([weight for weight, _ in parts]), torch.stack(biases) if biases else None
 
     def mlp(self, number: int) -> MlpLayer:
         names, mlp = self.names, self.spec.layers[number].mlp
@@ -173,7 +175,7 @@ class Parts:
             gate_up = self._column(number, names.shared_gate_up, (size, size), False)
             shared = SharedExpertLayer(gate_up, down, mlp.activation)
         gate, experts = self._linear.column(gates, False), self._experts(number, mlp)
-        return MoeLayer(gate, mlp.router, mlp.active, experts, shared, self.parallel)
+        return MoeLayer(gate, mlp.router, mlp.active, experts, shared, self._summed)
 
     def _experts(self, number: int, mlp: MoeMlp) -> VisitedExperts | GroupedExperts:
         share = split(mlp.size, self.parallel, "the experts' size")
@@ -220,7 +222,7 @@ class Parts:
         return self._linear.column(layer_rows(layout, sizes, shares, self.names.in_layer(number, "")), bias)
 
     def _row(self, number: int, module: str, inputs: int, bias: bool) -> RowParallel:
-        return RowParallel(self._linear, self.names.in_layer(number, module), inputs, bias, self.parallel)
+        return RowParallel(self._linear, self.names.in_layer(number, module), inputs, bias, self.parallel, self._summed)
 
 
 def _norm_layer(norm: Norm, weight: Tensor, bias: Tensor | None) -> NormLayer:

@@ -158,7 +158,7 @@ class PostNorm:
 
 
 @dataclass(frozen=True, slots=True)
-class Parallel:
+class TwoNormParallel:
     """x += attention(norm(x)) + mlp(norm'(x))."""
 
 
@@ -167,7 +167,7 @@ class SharedNormParallel:
     """x += attention(norm(x)) + mlp(norm(x)), with one norm."""
 
 
-Residual = PreNorm | OutputNorm | SandwichNorm | PostNorm | Parallel | SharedNormParallel
+Residual = PreNorm | OutputNorm | SandwichNorm | PostNorm | TwoNormParallel | SharedNormParallel
 
 
 @dataclass(frozen=True, slots=True)
