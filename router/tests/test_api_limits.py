@@ -210,6 +210,36 @@ class TestBytes:
             small = gzip.compress(json.dumps({"inputs": "h", "parameters": {"max_new_tokens": 1}}).encode())
             assert (await api.request("POST", "/generate", data=small, headers=headers)).status == 200
 
+    async def test_a_body_that_is_not_compressed_as_its_header_says_is_the_clients_mistake(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        async with serving() as api:
+            headers = {"content-type": "application/json", "content-encoding": "gzip"}
+            for path in ("/generate", "/v1/completions"):
+                answer = await api.request("POST", path, data=b'{"inputs": "h", "prompt": "h"}', headers=headers)
+                assert answer.status == 400
+                assert "content-encoding: gzip" in str(answer.json["error"])
+            assert (await api.post("/generate", {"inputs": "h", "parameters": {"max_new_tokens": 1}})).status == 200
+        assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+    @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+    @pytest.mark.parametrize(("name", "number"), [("top_k", 2**31), ("min_tokens", -1), ("min_tokens", 2**32)])
+    async def test_a_number_that_the_wire_does_not_hold_is_refused_by_its_name(
+        self, path: str, name: str, number: int
+    ) -> None:
+        async with serving() as api:
+            what = {"prompt": "h", "messages": [{"role": "user", "content": "h"}], name: number}
+            answer = await api.post(path, what)
+            assert answer.status == 422
+            assert name in str(answer.json["error"])
+
+    @pytest.mark.parametrize("count", [3, 1000, 2**63, 10**400], ids=["3", "1000", "2^63", "10^400"])
+    async def test_a_best_of_that_is_never_allowed_is_not_told_to_come_again(self, count: int) -> None:
+        async with serving(max_best_of=2, max_concurrent_requests=2) as api:
+            answer = await api.post("/generate", {"inputs": "h", "parameters": {"best_of": count, "do_sample": True}})
+            assert answer.status == 422
+            assert "`best_of` must be > 0 and <= 2" in str(answer.json["error"])
+
     async def test_bytes_that_are_no_request_get_an_error_in_json_and_one_line(
         self, caplog: pytest.LogCaptureFixture
     ) -> None:

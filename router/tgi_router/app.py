@@ -86,6 +86,8 @@ async def _around_every_request(request: web.Request, handler: Handler) -> web.S
     response = await _traced(request, handler, server)
     if not request.content.is_eof():
         response.force_close()  # refused before its body was read: what follows on the connection is no head
+        if request.content.exception() is not None:
+            request.content.feed_eof()  # or aiohttp reads on, and logs what it meets
     return response
 
 

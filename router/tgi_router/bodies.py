@@ -61,6 +61,8 @@ async def read(request: web.Request, limit: int) -> bytes:
             return await request.read()
     except web.HTTPRequestEntityTooLarge as error:
         raise PayloadTooLarge(limit) from error
+    except web.RequestPayloadError as error:  # broken chunks, or not compressed as `content-encoding` says
+        raise MalformedBody(str(error)) from error
     except TimeoutError as error:
         if deadline is not None and left_s < seconds:
             raise DeadlineExceeded(deadline.timeout_s, deadline.name) from error

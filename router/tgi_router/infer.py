@@ -17,7 +17,7 @@ from .batcher import Batcher
 from .errors import ApiError, Bug, DeadlineExceeded, Overloaded
 from .retry_after import RetryAfter
 from .stream import Choice, Rules, Scoring, Shared, Stream
-from .validation import Prompt, Validator, check_streamable
+from .validation import Prompt, Validator, check_copies, check_streamable
 
 if TYPE_CHECKING:  # it imports opentelemetry, which only `--otlp-endpoint` needs
     from .tracing import Trace
@@ -94,6 +94,9 @@ class Infer:
             if rules.streaming:
                 for prompt in prompts:
                     check_streamable(prompt.parameters)
+            if copies > 1:
+                for prompt in prompts:
+                    check_copies(prompt.parameters, self.validator.limits)
             with self._permits(len(prompts) * copies):
                 try:
                     await self._submit(stream, prompts, rules, call, copies)

@@ -320,7 +320,7 @@ ROWS: dict[str, Row] = _rows()
 OpenAISampling: type[msgspec.Struct] = msgspec.defstruct(
     "OpenAISampling",
     [
-        (row.openai, row.openai_type or get_type_hints(GenerateParameters)[name], None)
+        (row.openai, row.openai_type or get_type_hints(GenerateParameters, include_extras=True)[name], None)
         for name, row in ROWS.items()
         if row.openai is not None
     ],

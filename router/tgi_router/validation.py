@@ -159,6 +159,15 @@ class Validator:
         return room if asked is None else min(asked, room)
 
 
+def check_copies(parameters: GenerateParameters, limits: Limits) -> None:
+    """Raises ValidationError for a `best_of` that is never allowed, before it takes permits: no wait would help."""
+    check(
+        GenerateParameters(best_of=parameters.best_of, do_sample=parameters.asks_for_sampling),
+        limits,
+        after_inputs=False,
+    )
+
+
 def check_streamable(parameters: GenerateParameters) -> None:
     """Raises ValidationError for what a stream cannot show. TGI checks this before it takes a permit."""
     if parameters.best_of not in (None, 1):
