@@ -7,9 +7,10 @@ whatever else constrains an output (tools).
 
 import json
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
+from msgspec import Meta
 
 from .errors import ValidationError
 from .json_schemas import MAX_REGEX_SIZE, problem, regex_size
@@ -28,7 +29,13 @@ class GivenGrammar(msgspec.Struct, kw_only=True):
     """TGI's `grammar`, which is also its `response_format`."""
 
     type: Literal["json", "json_object", "regex", "json_schema"]
-    value: Any
+    value: Annotated[
+        Any,
+        Meta(
+            description="`json`: a JSON schema, as an object or JSON text. `json_schema`: an object with a `schema`. "
+            "`regex`: a regular expression, which the whole output matches."
+        ),
+    ]
 
 
 @dataclass(frozen=True, slots=True)
