@@ -61,6 +61,7 @@ class Launched:
             text=True,
             env={**os.environ, "FAKE_DIR": str(folder), "HOSTNAME": "0.0.0.0", "TMPDIR": str(folder), **environ},
             start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # under nohup it would be ignored
         )
         self._changed = threading.Condition()
         self.lines: list[str] = []
