@@ -1,4 +1,4 @@
-"""Drives headless Chromium through its DevTools protocol, for test_page.py: no driver and no package beside aiohttp.
+"""Drives headless Chromium through its DevTools protocol, for the tests of the page: no driver, no package but aiohttp.
 
 `Chromium` is one browser process with a profile of its own. `Chromium.tab()` is a fresh tab with its own storage, in
 which a test types, points and looks. What the tab logged and requested is recorded: `errors`, `requests`.

@@ -1,8 +1,10 @@
-"""Fixtures: one `server` shared by most tests, and `launch` for those that need their own flags or break things."""
+"""Fixtures: a `server` shared by most tests, `launch` for those that need their own flags or break things, a browser."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 
+import browser
 import harness
+import page_kit
 import pytest
 
 
@@ -31,3 +33,24 @@ def launch() -> Iterator[Callable[..., harness.Server]]:
     yield run
     for running in started:
         running.destroy()
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[browser.Chromium]:
+    path = browser.find()
+    if path is None:
+        pytest.skip("no Chromium: `apt-get install chromium` gives one")
+    running = browser.Chromium(path)
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+async def tab(chromium: browser.Chromium, server: harness.Server) -> AsyncIterator[browser.Tab]:
+    """The page, serving, greedy. At the end nothing may have gone wrong unseen, nor any request elsewhere."""
+    async with chromium.tab() as opened:
+        await page_kit.enter(opened, server)
+        await page_kit.set_field(opened, "temperature", 0)
+        yield opened
+        assert opened.errors == []
+        assert [address for address in opened.requests if not address.startswith((f"{server.url}/", "data:"))] == []
