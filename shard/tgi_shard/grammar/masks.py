@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from llguidance import LLTokenizer
 
 # A mask takes 20 µs to 20 ms, and the router has tried the grammar; this is for what got past it.
-DEADLINE_S = 10.0
+DEADLINE_S = 30.0
 _NUM_THREADS = 4
 
 
