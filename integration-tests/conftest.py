@@ -1,4 +1,4 @@
-"""Fixtures: a `server` shared by most tests, `launch` for those that need their own flags or break things, a browser."""
+"""Fixtures: a `server` shared by most tests, `launch` for those that need flags or break things, a browser."""
 
 from collections.abc import AsyncIterator, Callable, Iterator
 
