@@ -20,7 +20,7 @@ class AttentionLayer:
     def __init__(self, number: int, parts: Parts, ropes: Sequence[Rope]) -> None:
         """ropes: those of the model, in the order of the tables that the step brings."""
         spec = parts.spec
-        self.spec = parts.heads.attention_spec(spec, number, parts.reader.dtype)
+        self.spec = parts.attention_spec(number)
         self._num_qk = self.spec.num_heads + self.spec.num_kv_heads
         position = spec.layers[number].position
         self._rope = ropes.index(position) if isinstance(position, Rope) else None

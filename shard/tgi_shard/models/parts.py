@@ -95,7 +95,13 @@ class Parts:
         # Where attention and MLP are added up anyway, the layer sums the two over the ranks at once.
         is_joined = isinstance(spec.residual, TwoNormParallel | SharedNormParallel)
         self._summed = Parallel.single() if is_joined else parallel
+        self._attention_specs: dict[AttentionSpec, AttentionSpec] = {}
         self._linear = DenseMethod(source.reader, self.matmuls, source.names.transposed)
+
+    def attention_spec(self, number: int) -> AttentionSpec:
+        """Layers alike share one object: backends look their plans up by it, which is fastest by identity."""
+        spec = self.heads.attention_spec(self.spec, number, self.reader.dtype)
+        return self._attention_specs.setdefault(spec, spec)
 
     def norm(self, module: str, norm: Norm) -> NormLayer:
         """Of hidden states."""
