@@ -110,6 +110,13 @@ async def test_a_bad_grammar_is_refused_with_its_reason(model_dir: Path) -> None
             assert "\n" not in reason
 
 
+async def test_a_costly_grammar_gets_a_second_try(model_dir: Path) -> None:
+    async with compiling(model_dir) as compiler:
+        costly = await compiler.compile(schema({"type": "integer", "multipleOf": 1003}))
+    assert accepts(model_dir, costly, "2006")
+    assert not accepts(model_dir, costly, "2007")
+
+
 async def test_a_crowd_of_hostile_grammars_neither_stops_the_loop_nor_the_others(model_dir: Path) -> None:
     hostile = [schema({"type": "integer", "multipleOf": 1_000_003 + i}) for i in range(50)]
     honest = [schema({"properties": {f"p{i}": {"type": "integer"}}}) for i in range(5)]

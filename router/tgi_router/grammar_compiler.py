@@ -29,8 +29,8 @@ _ANSWER_DEADLINE_S = 60.0  # the process ends every trial after 2 s of its own a
 _END_S = 2.0
 _HEADER = struct.Struct("<I")
 
-# What the shards get, or the reason why the grammar is refused.
-_Outcome = tuple[str | None, str | None]
+# What the shards get, or the reason why the grammar is refused; and whether it will always be so.
+_Outcome = tuple[str | None, str | None, bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class GrammarCompiler:
             # Several requests may wait for one; one that leaves does not take it from the others.
             task = self._waiting.get(key) or self._begin(self._trial, key)
             outcome = await asyncio.shield(task)
-        text, error = outcome
+        text, error, _ = outcome
         if text is None:
             raise ValidationError(error or "grammar is not valid", param=grammar.param)
         return text
@@ -94,7 +94,8 @@ class GrammarCompiler:
         if self._process is None or self._process.ended:
             self._process = _Process(trial)
         outcome = await self._process.ask(*key)
-        self._keep(key, outcome)
+        if outcome[2]:
+            self._keep(key, outcome)
         return outcome
 
     def _keep(self, key: tuple[str, str], outcome: _Outcome) -> None:
@@ -105,7 +106,7 @@ class GrammarCompiler:
 
 
 def _size(key: tuple[str, str], outcome: _Outcome) -> int:
-    return 200 + sum(len(text) for text in (*key, *outcome) if text is not None)
+    return 200 + sum(len(text) for text in (*key, *outcome[:2]) if text is not None)
 
 
 class _Process:
@@ -148,7 +149,7 @@ class _Process:
         try:
             if process.stdin is None or process.stdout is None:
                 raise Bug("a process was started without its pipes. This is a bug.")
-            _, _, problem = await _read(process.stdout)
+            _, _, problem, _ = await _read(process.stdout)
             if problem is not None:
                 error = ValidationError(f"grammar is not supported: {problem}")
                 return
@@ -157,7 +158,7 @@ class _Process:
                 number, *outcome = await _read(process.stdout)
                 answer = self._asked.pop(number)
                 if not answer.done():
-                    answer.set_result((outcome[0], outcome[1]))
+                    answer.set_result((outcome[0], outcome[1], outcome[2]))
         except asyncio.IncompleteReadError:
             logger.error("the process that compiles grammars has ended with status %s", await process.wait())
         finally:

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from llguidance import LLTokenizer
 
 ROUNDS_S = (0.04, 0.6)  # processor time of the first try and of the second
-PATIENCE_S = 1.5  # after its arrival, a grammar that has failed its first try gets no second one
-DEADLINE_S = 1.9  # after its arrival, a second try is ended
+# After its arrival, while others wait: a second try is not begun, and one under way is ended.
+PATIENCE_S, DEADLINE_S = 1.5, 1.9
 _MEMORY_BYTES = 1 << 30  # address space beyond what the process has at its start
 _WALK = 16  # tokens followed on trial
 _HEADER = struct.Struct("<I")
@@ -177,25 +177,33 @@ class Trials:
             _send(job.number, *json.loads(job.answer))
         elif not os.WIFSIGNALED(status) or os.WTERMSIG(status) not in (signal.SIGPROF, signal.SIGKILL):
             _send(job.number, None, "grammar is not valid: compiling it takes too much memory or fails")
-        elif job.round == 0 and time.monotonic() - job.arrived_s < PATIENCE_S:
+        elif job.round == 0:
             job.round = 1
             job.answer.clear()
             self._waiting[1].append(job)
         else:
-            _refuse_slow(job)
+            _refuse_slow(job, late=os.WTERMSIG(status) == signal.SIGKILL)
 
     def _end_late_ones(self, now: float) -> None:
+        if len(self._children) < self._max_children:
+            return  # nobody waits
         late = self._waiting[1]
         while late and now - late[0].arrived_s > PATIENCE_S:
-            _refuse_slow(late.popleft())
+            _refuse_slow(late.popleft(), late=True)
+        if not any(self._waiting):
+            return
         for job in self._children.values():
             if job.round and now - job.arrived_s > DEADLINE_S:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(job.pid, signal.SIGKILL)
 
 
-def _refuse_slow(job: Job) -> None:
-    _send(job.number, None, f"grammar is not valid: compiling it takes more than {ROUNDS_S[1]} s of processor time")
+def _refuse_slow(job: Job, *, late: bool) -> None:
+    """late: it may take less; there was no time to find out, and there may be next time."""
+    limit = ROUNDS_S[0] if late else ROUNDS_S[1]
+    busy = ", which is all there is while others wait" if late else ""
+    reason = f"grammar is not valid: compiling it takes more than {limit} s of processor time{busy}"
+    _send(job.number, None, reason, keep=not late)
 
 
 def _be_child(tokenizer: "LLTokenizer", job: Job, pipe: int) -> None:
@@ -243,8 +251,9 @@ def _address_space() -> int:
     return pages * resource.getpagesize()
 
 
-def _send(number: int, grammar: str | None, error: str | None) -> None:
-    data = json.dumps([number, grammar, error]).encode()
+def _send(number: int, grammar: str | None, error: str | None, *, keep: bool = True) -> None:
+    """keep: the same grammar will always get this answer."""
+    data = json.dumps([number, grammar, error, keep]).encode()
     sys.stdout.buffer.write(_HEADER.pack(len(data)) + data)
     sys.stdout.buffer.flush()
 
