@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from llguidance import LLTokenizer
 
 ROUNDS_S = (0.04, 0.6)  # processor time of the first try and of the second
-# After its arrival, while others wait: a second try is not begun, and one under way is ended.
+# After its arrival, when others wait: a second try is not begun any more, and one under way is ended.
 PATIENCE_S, DEADLINE_S = 1.5, 1.9
 _MEMORY_BYTES = 1 << 30  # address space beyond what the process has at its start
 _WALK = 16  # tokens followed on trial
@@ -109,6 +109,7 @@ class Job:
     text: str
     arrived_s: float
     round: int = 0
+    crowded: bool = False  # others waited when its second try began
     pid: int = 0
     answer: bytearray = field(default_factory=bytearray)  # from its child, so far
 
@@ -155,6 +156,7 @@ class Trials:
                 self._fork(queue.popleft())
 
     def _fork(self, job: Job) -> None:
+        job.crowded = job.round > 0 and any(self._waiting)
         mine, its = os.pipe()
         job.pid = os.fork()
         if job.pid == 0:
@@ -185,15 +187,12 @@ class Trials:
             _refuse_slow(job, late=os.WTERMSIG(status) == signal.SIGKILL)
 
     def _end_late_ones(self, now: float) -> None:
-        if len(self._children) < self._max_children:
-            return  # nobody waits
-        late = self._waiting[1]
-        while late and now - late[0].arrived_s > PATIENCE_S:
-            _refuse_slow(late.popleft(), late=True)
-        if not any(self._waiting):
-            return
+        if len(self._children) == self._max_children:
+            late = self._waiting[1]
+            while late and now - late[0].arrived_s > PATIENCE_S:
+                _refuse_slow(late.popleft(), late=True)
         for job in self._children.values():
-            if job.round and now - job.arrived_s > DEADLINE_S:
+            if job.crowded and now - job.arrived_s > DEADLINE_S:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(job.pid, signal.SIGKILL)
 
