@@ -24,7 +24,7 @@ _LIMITS = {
 
 
 def load_tokenizer(model_dir: Path, vocab_size: int, eos_token_ids: Sequence[int]) -> "LLTokenizer":
-    """The vocabulary in tokenizer.json as llguidance knows it: 40 ms for 6,000 tokens, half a second for 128,000.
+    """The vocabulary in tokenizer.json as llguidance knows it. 40 ms for 6,000 tokens, and more for more.
 
     vocab_size: rows of the model's output head. eos_token_ids: what ends a text; empty = as the tokenizer says.
     Holds the interpreter lock. Raises an Exception with llguidance's reason.
