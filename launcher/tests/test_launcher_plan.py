@@ -184,6 +184,7 @@ def test_performance_hints_are_accepted_with_a_sentence(name: str) -> None:
 def test_variables_of_tgis_other_processes_get_a_sentence() -> None:
     notices = check_flags(Flags(), {"ATTENTION": "paged", "PREFIX_CACHING": "0", "HOME": "/root"})
     assert [notice.split("`")[1] for notice in notices] == ["ATTENTION", "PREFIX_CACHING"]
+    assert check_flags(Flags(), {"HF_MODEL_ID": "a/b"}) == ["`HF_MODEL_ID` has no effect: set MODEL_ID"]
 
 
 def test_remote_code_is_warned_about() -> None:
@@ -441,6 +442,13 @@ def test_vertex_ais_port_beats_the_images_but_not_the_command_line() -> None:
     assert plan(aip_http_port=8080).router.port == 8080
     assert make_plan_with_ports({"port": "env"}).router.port == 8080
     assert make_plan_with_ports({"port": "flag"}).router.port == 80
+
+
+def test_the_table_shows_the_port_that_is_listened_on() -> None:
+    both: dict[str, Literal["flag", "env"]] = {"port": "env", "aip_http_port": "env"}
+    assert row(make_plan_with_ports(both), "port") == ("8080", "environment AIP_HTTP_PORT")
+    assert row(make_plan_with_ports({"port": "flag"}), "port") == ("80", "flag --port")
+    assert row(plan(), "port") == ("3000", "default")
 
 
 @pytest.mark.parametrize("route", ["predict", "", "/{x}", "/a b"])

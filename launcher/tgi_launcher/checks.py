@@ -29,7 +29,7 @@ _POSITIVE = (
     *("max_batch_prefill_tokens", "max_concurrent_requests", "max_client_batch_size", "max_best_of"),
     *("payload_limit", "num_threads", "step_deadline", "stall_timeout", "grpc_port"),
 )
-# Variables that TGI's processes read beside the flags, and why they change nothing here.
+# Variables that TGI's processes and its SageMaker image read beside the flags, and why they change nothing here.
 _ENVIRONMENT_HINTS = {
     "ATTENTION": "the attention backend is chosen by the device; results are the same",
     "PREFIX_CACHING": "the prefix cache is always on; results are the same",
@@ -40,6 +40,11 @@ _ENVIRONMENT_HINTS = {
     "EXLLAMA_VERSION": "quantization is not built yet",
     "DISABLE_EXLLAMA": "quantization is not built yet",
     "USE_CUTLASS_W8A8": "quantization is not built yet",
+    "HF_MODEL_ID": "set MODEL_ID",
+    "HF_MODEL_REVISION": "set REVISION",
+    "HF_MODEL_QUANTIZE": "quantization is not built yet",
+    "HF_MODEL_TRUST_REMOTE_CODE": "set TRUST_REMOTE_CODE",
+    "SM_NUM_GPUS": "set NUM_SHARD",
 }
 
 

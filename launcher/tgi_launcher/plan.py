@@ -20,7 +20,7 @@ from .resources import Machine
 
 # Shown in rows of their own, whoever gave them.
 _SHOWN_ELSEWHERE = (
-    *("model_id", "num_shard", "dtype", "num_threads", "hostname", "env", "plan"),
+    *("model_id", "num_shard", "dtype", "num_threads", "hostname", "port", "env", "plan"),
     *("max_total_tokens", "max_input_tokens", "max_input_length"),
     *("max_batch_prefill_tokens", "max_batch_total_tokens", "max_batch_size"),
 )
@@ -180,10 +180,11 @@ def _context_rows(flags: Flags, facts: ModelFacts) -> list[Resolved]:
 
 
 def _given_rows(flags: Flags) -> list[Resolved]:
-    """The port, and every other value the user gave."""
-    rows = []
+    """The port that is listened on, and every other value the user gave."""
+    origin = "port" if flags.listen_port == flags.port else "aip_http_port"
+    rows = [Resolved("port", str(flags.listen_port), flags.reason(origin))]
     for name in flags.__dataclass_fields__:
-        if name == "port" or (flags.given(name) and name not in _SHOWN_ELSEWHERE):
+        if flags.given(name) and name not in _SHOWN_ELSEWHERE:
             value = "***" if name in _SECRET else getattr(flags, name)
             rows.append(Resolved(name, str(value), flags.reason(name)))
     return rows
