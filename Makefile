@@ -61,7 +61,7 @@ clean: ## remove what was set up
 
 # Setting up. Both stamps depend on what decides the installed packages and the generated code.
 $(VENV)/.serve: pyproject.toml setup.py proto/generate.proto proto/inference.proto
-	@echo "Setting up in $(VENV) (once, a minute or two): Python packages, torch, the server itself"
+	@echo "Setting up in $(VENV) (once, a few minutes): Python packages, torch, the server itself"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) "$(TORCH)"
 	@$(PIP) --editable .
