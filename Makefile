@@ -3,6 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+CLIENTS := .venv-more-clients
 # Without a GPU one exact version, so that pip need not look for a CUDA build; with one, the newest that is supported.
 TORCH ?= $(if $(shell command -v nvidia-smi),torch>=2.11$(comma)<2.14,torch==2.13.0)
 comma := ,
@@ -10,7 +11,7 @@ PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/pip install --quiet
 SOURCES := demo launcher proto router shard benchmarks docs integration-tests setup.py
 ARGS ?=
 
-.PHONY: help serve test test-slow check lint type unit bench bench-router bench-startup gpu-check docs clean
+.PHONY: help serve test test-slow test-clients check lint type unit bench bench-router bench-startup gpu-check docs clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +27,9 @@ test: $(VENV)/.dev lint type ## set up, lint, type-check and run every test with
 
 test-slow: $(VENV)/.dev ## the storms, soaks and repeated rounds
 	$(BIN)/pytest -m slow $(ARGS)
+
+test-clients: $(VENV)/.dev $(CLIENTS)/.done ## langchain-huggingface, litellm and guidellm against the server
+	$(BIN)/pytest -m slow integration-tests/test_more_clients.py $(ARGS)
 
 check: $(VENV)/.dev lint type unit ## what every commit must pass: format, lint, types, imports, unit tests
 
@@ -57,7 +61,7 @@ gpu-check: ## the equivalences and kernels on a CUDA device
 	PYTHONPATH=demo:launcher:proto:router:shard $(PYTHON) -m pytest -p no:cacheprovider shard/tests --device cuda $(ARGS)
 
 clean: ## remove what was set up
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(CLIENTS) build dist *.egg-info
 
 # Setting up. Both stamps depend on what decides the installed packages and the generated code.
 $(VENV)/.serve: pyproject.toml setup.py proto/generate.proto proto/inference.proto
@@ -70,4 +74,13 @@ $(VENV)/.serve: pyproject.toml setup.py proto/generate.proto proto/inference.pro
 $(VENV)/.dev: $(VENV)/.serve
 	@echo "Setting up the development tools"
 	@$(PIP) --editable ".[dev]"
+	@touch $@
+
+# Sees the server's packages after its own, so that no second torch is installed: guidellm requires one.
+$(CLIENTS)/.done: integration-tests/more_clients.txt | $(VENV)/.dev
+	@echo "Setting up more clients in $(CLIENTS) (once, about a minute)"
+	@$(BIN)/python -m venv $(CLIENTS)
+	@$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > \
+	  "$$($(CLIENTS)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/server.pth"
+	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(CLIENTS)/bin/pip install --quiet --requirement $<
 	@touch $@
