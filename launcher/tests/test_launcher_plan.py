@@ -141,6 +141,8 @@ def test_more_shards_than_gpus_are_refused() -> None:
             "`max_batch_prefill_tokens` must be <= `max_batch_total_tokens`. Given: 9 and 8",
         ),
         ({"max_batch_size": 0}, "`max_batch_size` must be > 0"),
+        ({"num_threads": 100_000}, "`num_threads` must be <= 4096. Given: 100000"),
+        ({"open_path": ("/info", "metrics")}, "`open_path` must be a path that begins with '/'. Given: 'metrics'"),
     ],
 )
 def test_contradicting_flags_get_tgis_sentences(values: dict[str, Any], sentence: str) -> None:

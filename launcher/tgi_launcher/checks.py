@@ -29,6 +29,7 @@ _POSITIVE = (
     *("max_batch_prefill_tokens", "max_concurrent_requests", "max_client_batch_size", "max_best_of"),
     *("payload_limit", "num_threads", "step_deadline", "stall_timeout", "grpc_port"),
 )
+_MAX_THREADS = 4096  # beyond it, thread pools crash in native code
 # Variables that TGI's processes and its SageMaker image read beside the flags, and why they change nothing here.
 _ENVIRONMENT_HINTS = {
     "ATTENTION": "the attention backend is chosen by the device; results are the same",
@@ -123,6 +124,11 @@ def _check_ranges(flags: Flags) -> None:
         route = getattr(flags, name)
         if route is not None and not re.fullmatch(r"/[^{}\s]*", route):
             raise ArgumentValidation(f"`{name}` must be a path that begins with '/'. Given: '{route}'")
+    for path in flags.open_path:
+        if not path.startswith("/"):
+            raise ArgumentValidation(f"`open_path` must be a path that begins with '/'. Given: '{path}'")
+    if flags.num_threads is not None and flags.num_threads > _MAX_THREADS:
+        raise ArgumentValidation(f"`num_threads` must be <= {_MAX_THREADS}. Given: {flags.num_threads}")
     if flags.rope_factor is not None and flags.rope_factor <= 0:
         raise ArgumentValidation(f"`rope_factor` must be > 0. Given: {flags.rope_factor}")
 

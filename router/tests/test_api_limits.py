@@ -222,6 +222,12 @@ class TestBytes:
             assert (await api.post("/generate", {"inputs": "h", "parameters": {"max_new_tokens": 1}})).status == 200
         assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
+    async def test_an_unknown_expectation_is_refused(self) -> None:
+        async with serving() as api:
+            reader, writer = await connect(api)
+            writer.write(b"POST /generate HTTP/1.1\r\nhost: x\r\nexpect: more\r\nconnection: close\r\n\r\n")
+            assert (await until_closed(reader)).startswith(b"HTTP/1.1 417 ")
+
     @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
     @pytest.mark.parametrize(("name", "number"), [("top_k", 2**31), ("min_tokens", -1), ("min_tokens", 2**32)])
     async def test_a_number_that_the_wire_does_not_hold_is_refused_by_its_name(

@@ -208,7 +208,8 @@ async def _add_common_headers(request: web.Request, response: web.StreamResponse
         headers["access-control-expose-headers"] = "*"  # a page may read x-request-id, retry-after and the like
     own = headers.get("vary")  # of the page, which depends on `accept`
     headers["vary"] = _VARY if own is None else f"{own}, {_VARY}"
-    headers["x-request-id"] = request[REQUEST_ID]
+    if REQUEST_ID in request:  # aiohttp refuses an unknown `expect` before the middleware runs
+        headers["x-request-id"] = request[REQUEST_ID]
     if IGNORED_PARAMS in request:
         headers["x-ignored-params"] = request[IGNORED_PARAMS]
     if TRACE in request:

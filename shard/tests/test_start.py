@@ -165,6 +165,7 @@ def test_prepare_gives_an_engine_that_generates(model_dir: Path):
     [
         ({"max_total_tokens": 1000}, "`--max-total-tokens` 1000 is more than the 256 positions of the model"),
         ({"max_total_tokens": 200, "max_kv_tokens": 96}, "the KV pool would hold 96 tokens, one request may need 208"),
+        ({"max_kv_tokens": 10}, "lower `--max-total-tokens` (unset) or"),
         ({"faults": "nowhere:raise"}, "`--faults` 'nowhere:raise'"),
     ],
 )
@@ -172,7 +173,7 @@ def test_a_start_that_cannot_be_says_why(model_dir: Path, fields: dict, cause: s
     shard = ShardConfig(model_dir=str(model_dir), model_id="tiny", device="cpu", num_threads=1, **fields)
     with pytest.raises(StartError) as caught:
         start.prepare(shard, logging.getLogger("test"))
-    assert str(caught.value).startswith(cause)
+    assert cause in str(caught.value)
 
 
 @pytest.mark.parametrize(

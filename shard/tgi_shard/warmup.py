@@ -154,12 +154,14 @@ def pool_blocks(config: ShardConfig, shape: Shape, free_bytes: int, step_bytes: 
 
 def _too_small(config: ShardConfig, shape: Shape, free_bytes: int, step_bytes: int, blocks: int, needed: int) -> str:
     size = shape.geometry.block_size
+    total = "unset" if config.max_total_tokens is None else config.max_total_tokens
+    pool = "unset" if config.max_kv_tokens is None else config.max_kv_tokens
     return (
         f"the KV pool would hold {blocks * size} tokens, one request may need {needed * size}: {_mib(free_bytes)} MiB"
         f" are free, {_mib(step_bytes)} MiB of them are needed to compute a step of {shape.max_step_tokens} tokens"
         f" (`--max-batch-prefill-tokens`), and {size} tokens take {shape.geometry.block_bytes / 2**20:.2f} MiB; lower"
-        f" `--max-total-tokens` ({config.max_total_tokens}) or `--max-batch-prefill-tokens`, raise"
-        f" `--max-batch-total-tokens` ({config.max_kv_tokens}) or `--cuda-memory-fraction` ({config.memory_fraction}),"
+        f" `--max-total-tokens` ({total}) or `--max-batch-prefill-tokens`, raise"
+        f" `--max-batch-total-tokens` ({pool}) or `--cuda-memory-fraction` ({config.memory_fraction}),"
         f" or use more shards (`--num-shard`)"
     )
 
