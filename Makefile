@@ -65,9 +65,12 @@ clean: ## remove what was set up
 
 # Setting up. Both stamps depend on what decides the installed packages and the generated code.
 $(VENV)/.serve: pyproject.toml setup.py proto/generate.proto proto/inference.proto
-	@echo "Setting up in $(VENV) (once, a few minutes): Python packages, torch, the server itself"
+	@echo "Setting up in $(VENV), once; a few minutes"
+	@echo "  1/3 a virtual environment"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "  2/3 torch, the largest part"
 	@$(PIP) "$(TORCH)"
+	@echo "  3/3 the server and what it needs"
 	@$(PIP) --editable .
 	@touch $@
 
