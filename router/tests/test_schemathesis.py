@@ -36,11 +36,11 @@ def api() -> Iterator[Api]:
 
     thread = threading.Thread(target=lambda: asyncio.run(serve()))
     thread.start()
-    assert ready.wait(60)
+    assert ready.wait(300)
     running, stop = started[0]
     yield running
     stop()
-    thread.join(60)
+    thread.join(300)
     assert not thread.is_alive()
 
 
@@ -71,7 +71,7 @@ def storm(api: Api, *, max_examples: int, derandomize: bool) -> int:
             def ask(case: Any) -> None:
                 nonlocal num_answers
                 num_answers += 1
-                answer = case.call(timeout=60)
+                answer = case.call(timeout=300)
                 if answer.status_code == 500 and answer.json() == MASKED:
                     return
                 streams = "text/event-stream" in answer.headers.get("content-type", [""])
