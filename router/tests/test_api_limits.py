@@ -227,6 +227,7 @@ class TestBytes:
             reader, writer = await connect(api)
             writer.write(b"POST /generate HTTP/1.1\r\nhost: x\r\nexpect: more\r\nconnection: close\r\n\r\n")
             assert (await until_closed(reader)).startswith(b"HTTP/1.1 417 ")
+            writer.close()
 
     @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
     @pytest.mark.parametrize(("name", "number"), [("top_k", 2**31), ("min_tokens", -1), ("min_tokens", 2**32)])
