@@ -218,7 +218,7 @@ async def test_messages_reach_the_template_with_parts_joined_and_arguments_parse
     rendered = (
         '{"role": "system", "content": "ab", "name": "n"}'
         '{"role": "assistant", "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": '
-        '{"a": [1]}}}, {"id": "2", "type": "function", "function": {"name": "f", "arguments": "{"}}], "content": null}'
+        '{"a": [1]}}}, {"id": "2", "type": "function", "function": {"name": "f", "arguments": "{"}}]}'
         '{"role": "tool", "content": "r", "tool_call_id": "1", "name": "f"}sweet'
     )
     async with serving(model={"chat_template": template}, max_model_tokens=1000) as api:

@@ -293,3 +293,18 @@ def test_a_list_of_templates_is_used_by_name(tmp_path: Path) -> None:
     assert render(template, tools=TOOLS) == "tools"
     with pytest.raises(TemplateError, match="template not found"):
         render(load(tmp_path, {"chat_template": [{"name": "rag", "template": "x"}]}, replaced=False))
+
+
+def test_additional_templates_join_whatever_the_default_comes_from(tmp_path: Path) -> None:
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("with tools")
+    config: dict[str, Any] = {"chat_template": "config"}
+    assert render(load(tmp_path, config, replaced=False)) == "config"
+    assert render(load(tmp_path, config, replaced=False), tools=TOOLS) == "with tools"
+    assert render(load(tmp_path, config, replaced=True), tools=TOOLS) == "config"
+
+
+def test_a_template_file_that_is_no_text_stops_the_start_with_its_name(tmp_path: Path) -> None:
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(StartupError, match=r"`chat_template.jinja` of the model cannot be read"):
+        load(tmp_path, {}, replaced=False)

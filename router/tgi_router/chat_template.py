@@ -3,7 +3,8 @@
 A template comes with the model, so it is untrusted code: it runs in Jinja's immutable sandbox, sees plain JSON values
 only, and is stopped when its output grows beyond any prompt or it takes too long. Sources, first found wins:
 `--tokenizer-config-path`, chat_template.jinja, chat_template.json, tokenizer_config.json (a string, or a list of named
-templates of which `default` is used, `tool_use` when there are tools). Called by chat_requests.py, on a worker thread.
+templates of which `default` is used, `tool_use` when there are tools). additional_chat_templates/
+adds to each but the flag's. Called by chat_requests.py, on a worker thread.
 """
 
 import json
@@ -151,10 +152,10 @@ class ChatTemplate:
 
         All values are plain JSON ones (str, int, float, bool, None, list, dict).
         """
-        name = self._name(with_tools=bool(tools))
+        name = self._name(with_tools=tools is not None)
         if name not in self._templates:
             raise TemplateError("template not found")
-        messages = [_with_reasoning(message) for message in messages]
+        messages = [_with_reasoning(_without_nulls(message)) for message in messages]
         if continue_final_message:
             messages, final = _tagged(messages)
         rendered = self._guarded(
@@ -193,6 +194,11 @@ class ChatTemplate:
 
 def _pieces(template: jinja2.Template, variables: dict[str, Any]) -> Iterator[str]:
     return template.generate(variables)
+
+
+def _without_nulls(message: dict[str, Any]) -> dict[str, Any]:
+    """Templates take a missing key for nothing; a null, such as the content beside tool calls, they write out."""
+    return {name: value for name, value in message.items() if value is not None}
 
 
 def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
@@ -242,20 +248,29 @@ def load(model_dir: Path, tokenizer_config: dict[str, Any], *, replaced: bool) -
     variables = {name: token for name in SPECIAL_NAMES if (token := token_name(tokenizer_config.get(name))) is not None}
     readers: list[Callable[[], dict[str, str] | None]] = [
         lambda: own if replaced else None,
-        lambda: _jinja_files(model_dir),
+        lambda: _jinja_file(model_dir),
         lambda: _named_templates(read_json(model_dir / "chat_template.json").get("chat_template")),
         lambda: own,
     ]
     sources = next((found for reader in readers if (found := reader())), {})
+    if not (replaced and own):
+        sources = sources | _additional_files(model_dir)
     return ChatTemplate(sources, variables)
 
 
-def _jinja_files(model_dir: Path) -> dict[str, str] | None:
-    """chat_template.jinja as `default`, and additional_chat_templates/NAME.jinja."""
+def _jinja_file(model_dir: Path) -> dict[str, str] | None:
     main = model_dir / "chat_template.jinja"
-    if not main.is_file():
-        return None
-    sources = {"default": main.read_text(encoding="utf-8")}
-    for path in sorted((model_dir / "additional_chat_templates").glob("*.jinja")):
-        sources[path.stem] = path.read_text(encoding="utf-8")
-    return sources
+    return {"default": _read_template(main)} if main.is_file() else None
+
+
+def _additional_files(model_dir: Path) -> dict[str, str]:
+    """additional_chat_templates/NAME.jinja. Beside a `default` of another source, which transformers would forget."""
+    folder = model_dir / "additional_chat_templates"
+    return {path.name.removesuffix(".jinja"): _read_template(path) for path in sorted(folder.glob("*.jinja"))}
+
+
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise StartupError(f"The chat template `{path.name}` of the model cannot be read: {error}") from error
