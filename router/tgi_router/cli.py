@@ -32,7 +32,7 @@ from .metrics import Metrics
 from .parameters import Limits
 from .server import ROUTER_NAME, Server
 from .stream import Shared
-from .tokenizer import Tokenizer, read_json
+from .tokenizer import Tokenizer, read_config
 from .validation import Validator
 
 if TYPE_CHECKING:
@@ -154,13 +154,12 @@ def _grammars(config: RouterConfig, batcher: Batcher) -> GrammarCompiler:
 def _load_texts(config: RouterConfig) -> tuple[Tokenizer, ChatTemplate]:
     """The tokenizer and the chat template. Raises StartupError."""
     model_dir = Path(config.model_dir)
-    replaced = config.tokenizer_config_path is not None
-    path = Path(config.tokenizer_config_path or model_dir / "tokenizer_config.json")
-    if replaced and not path.is_file():
-        raise StartupError(f"`--tokenizer-config-path` is no file: {path}")
-    tokenizer_config = read_json(model_dir / "special_tokens_map.json") | read_json(path)
+    replacement = Path(config.tokenizer_config_path) if config.tokenizer_config_path is not None else None
+    if replacement is not None and not replacement.is_file():
+        raise StartupError(f"`--tokenizer-config-path` is no file: {replacement}")
+    tokenizer_config = read_config(model_dir, replacement)
     tokenizer = Tokenizer.load(model_dir, tokenizer_config, config.validation_workers)
-    return tokenizer, chat_template.load(model_dir, tokenizer_config, replaced=replaced)
+    return tokenizer, chat_template.load(model_dir, tokenizer_config, replaced=replacement is not None)
 
 
 def _read_api_key(path: str | None) -> str | None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as LibraryTokenizer
 
 from .detokenizer import Vocabulary
@@ -46,6 +47,19 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def read_config(model_dir: Path, replacement: Path | None) -> dict[str, Any]:
+    """What the model says about its tokenizer. replacement: of --tokenizer-config-path. Raises StartupError.
+
+    special_tokens_map.json is older: as in transformers it plays no part beside `added_tokens_decoder`, and comes first
+    otherwise; what the replacement says comes before it all the same.
+    """
+    config = read_json(replacement or model_dir / "tokenizer_config.json")
+    if "added_tokens_decoder" in config:
+        return config
+    map_of_names = read_json(model_dir / "special_tokens_map.json")
+    return map_of_names | config if replacement is not None else config | map_of_names
+
+
 def token_name(value: Any) -> str | None:
     """The token in a field such as `bos_token`: a string, or an object with `content`."""
     if isinstance(value, dict):
@@ -55,8 +69,10 @@ def token_name(value: Any) -> str | None:
 
 def special_names(config: dict[str, Any]) -> list[str]:
     """Every token that a tokenizer_config.json names as special."""
-    extra = config.get("additional_special_tokens") or []
-    values = [config.get(name) for name in SPECIAL_NAMES] + (extra if isinstance(extra, list) else [])
+    values = [config.get(name) for name in SPECIAL_NAMES]
+    for field in ("additional_special_tokens", "extra_special_tokens"):
+        extra = config.get(field) or []
+        values += extra.values() if isinstance(extra, dict) else extra if isinstance(extra, list) else []
     return [name for value in values if (name := token_name(value)) is not None]
 
 
@@ -86,6 +102,7 @@ class Tokenizer:
             library = LibraryTokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exceptions
             raise StartupError(f"`tokenizer.json` of the model cannot be read: {error}") from error
+        _add_tokens(library, config)
         return cls(library, config, num_workers)
 
     def eos_token_ids(self, named: Sequence[int]) -> frozenset[int]:
@@ -140,6 +157,28 @@ class Tokenizer:
             TextToken(token_id, text[start:stop], at_byte(start), at_byte(stop))
             for token_id, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True)
         ]
+
+
+def _add_tokens(library: LibraryTokenizer, config: dict[str, Any]) -> None:
+    """Adds the tokens of `added_tokens_decoder`, and of the special names, that tokenizer.json does not list as added.
+
+    Unlike in transformers nothing gets an id that its file does not name: it would be one the model has no row for.
+    Raises StartupError when an entry is malformed.
+    """
+    decoder = config.get("added_tokens_decoder") or {}
+    try:
+        added = {int(token_id): AddedToken(**token) for token_id, token in decoder.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise StartupError(f"`added_tokens_decoder` of the model's tokenizer cannot be read: {error}") from error
+    for token_id, token in sorted(added.items()):
+        known = library.token_to_id(token.content)
+        if known == token_id or (known is None and token_id == library.get_vocab_size(with_added_tokens=True)):
+            library.add_tokens([token])
+    listed = {token.content for token in library.get_added_tokens_decoder().values()}
+    for name in special_names(config):
+        if name not in listed and library.token_to_id(name) is not None:
+            library.add_tokens([AddedToken(name, special=True)])
+    library.encode_special_tokens = bool(config.get("split_special_tokens", False))
 
 
 def _byte_offsets(text: str) -> Callable[[int], int]:
