@@ -4,12 +4,15 @@ Reads a few kilobytes per file. The shard checks names and shapes strictly when 
 """
 
 import json
+import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
+
+from tgi_proto.model_files import open_file, read_file
 
 from .errors import ArgumentValidation
 
@@ -62,6 +65,8 @@ def _first_int(config: Mapping[str, Any], *names: str) -> int:
     for name in names:
         value = config.get(name)
         if isinstance(value, int) and not isinstance(value, bool):
+            if not 0 <= value < 2**31:
+                raise ArgumentValidation(f"config.json: `{name}` is {value}, expected a number from 0 to 2^31 - 1")
             return value
     return 0
 
@@ -100,17 +105,20 @@ def parse_config(config: Mapping[str, Any], weights: Weights) -> ModelFacts:
 
 
 def weight_files(model_dir: Path) -> list[Path]:
-    """The safetensors files that make up the model, in order: the index decides where there is one."""
-    index = model_dir / "model.safetensors.index.json"
-    if index.is_file():
+    """The safetensors files that make up the model, in order: the one, or the index's, or all (the shard's rule)."""
+    index, single = model_dir / "model.safetensors.index.json", model_dir / "model.safetensors"
+    if single.exists():
+        return [single]
+    if index.exists():
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise ArgumentValidation(f"`{index}` has no `weight_map`: the checkpoint is damaged")
-        return [model_dir / name for name in sorted({str(name) for name in weight_map.values()})]
-    single = model_dir / "model.safetensors"
-    return (
-        [single] if single.is_file() else sorted(p for p in model_dir.glob("*.safetensors") if is_weight_name(p.name))
-    )
+        names = sorted({str(name) for name in weight_map.values()})
+        for name in names:
+            if Path(name).name != name or not name.endswith(".safetensors"):
+                raise ArgumentValidation(f"`{index}` names {name[:200]!r}, which is no weight file in its directory")
+        return [model_dir / name for name in names]
+    return sorted(p for p in model_dir.glob("*.safetensors") if is_weight_name(p.name))
 
 
 def is_weight_name(name: str) -> bool:
@@ -122,10 +130,10 @@ def is_weight_name(name: str) -> bool:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in `path`. Raises ArgumentValidation with the file's name."""
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(read_file(path))
     except OSError as error:
         raise ArgumentValidation(f"`{path}` cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ArgumentValidation(f"`{path}` is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise ArgumentValidation(f"`{path}` does not hold a JSON object")
@@ -135,8 +143,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_header(path: Path) -> dict[str, Any]:
     """The JSON header of a safetensors file. Raises ArgumentValidation when the file is missing, cut off or hostile."""
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        with open_file(path) as file:
+            size = os.fstat(file.fileno()).st_size
             prefix = file.read(8)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
             if length > min(size - 8, _MAX_HEADER_BYTES):
@@ -144,22 +152,31 @@ def read_header(path: Path) -> dict[str, Any]:
             header = json.loads(file.read(length))
     except OSError as error:
         raise ArgumentValidation(f"the weight file `{path}` cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ArgumentValidation(f"`{path}` has a damaged safetensors header: {error}") from error
     if not isinstance(header, dict):
         raise ArgumentValidation(f"`{path}` has a damaged safetensors header")
     tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
-    try:
-        end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
-        for entry in tensors.values():
-            prod(entry["shape"])
-    except (KeyError, TypeError, IndexError) as error:
-        raise ArgumentValidation(f"`{path}` has a damaged safetensors header") from error
+    for name, entry in tensors.items():
+        if not _is_tensor(entry):
+            raise ArgumentValidation(f"`{path}` has a damaged safetensors header: its tensor {name[:200]!r}")
+    end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
     if 8 + length + end > size:
         raise ArgumentValidation(
             f"`{path}` was cut off: its header describes {8 + length + end} bytes, it has {size}; download it again"
         )
     return tensors
+
+
+def _is_tensor(entry: Any) -> bool:
+    """Whether a header's entry can be counted; the shard checks whether it is true."""
+    if not isinstance(entry, dict):
+        return False
+    dtype, shape, offsets = (entry.get(name) for name in ("dtype", "shape", "data_offsets"))
+    if not isinstance(dtype, str) or not isinstance(shape, list) or not isinstance(offsets, list):
+        return False
+    numbers = [*shape, *offsets]
+    return len(offsets) == 2 and len(shape) <= 64 and all(type(n) is int and 0 <= n < 2**63 for n in numbers)
 
 
 def read_weights(model_dir: Path) -> Weights:

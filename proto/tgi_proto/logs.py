@@ -52,12 +52,12 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(obj, default=str)
 
 
-def setup(target: str, level: str = "INFO", *, stream: TextIO = sys.stdout, **fields: Any) -> logging.Logger:
-    """Sends every log record of this process to `stream` as JSON lines; returns the logger named `target`.
+def setup(target: str, level: str = "INFO", *, stream: TextIO | None = None, **fields: Any) -> logging.Logger:
+    """Sends every log record of this process to `stream` (stdout) as JSON lines; returns the logger named `target`.
 
     target: the import package, e.g. "tgi_shard". fields: added to every record, e.g. rank=0.
     """
-    handler = logging.StreamHandler(stream)
+    handler = logging.StreamHandler(stream or sys.stdout)
     handler.setFormatter(JsonFormatter(target, fields))
     root = logging.getLogger()
     root.handlers[:] = [handler]

@@ -9,6 +9,7 @@ header `{name: {dtype, shape, data_offsets}}`, then the bytes of the tensors.
 import json
 import math
 import mmap
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tgi_proto.model_files import open_file, read_file
 from torch import Tensor
 
 from .errors import Bug, StartError
@@ -23,6 +25,8 @@ from .errors import Bug, StartError
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+MAX_DIMENSIONS = 64  # torch's own
+MAX_NAME_CHARS = 500
 
 DTYPES = {
     "F64": torch.float64,
@@ -154,31 +158,41 @@ def _files(directory: Path) -> list[Path]:
 
 def _indexed_files(index: Path) -> list[Path]:
     try:
-        weight_map = json.loads(index.read_bytes())["weight_map"]
+        weight_map = json.loads(read_file(index))["weight_map"]
         names = sorted({str(name) for name in weight_map.values()})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
+        raise StartError(f"{index}: cannot be read: {error.strerror}.") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise StartError(f"{index}: not an index with a `weight_map`: {error!r}.") from error
     for name in names:
-        if Path(name).name != name:
-            raise StartError(f"{index}: `{name}` is not the name of a file in the same directory.")
+        if Path(name).name != name or not name.endswith(".safetensors") or not is_showable(name):
+            raise StartError(f"{index}: `{shown(name)}` is not the name of a file in the same directory.")
         if not (index.parent / name).exists():
             raise StartError(f"{index}: the file `{name}` it names is missing.")
     return [index.parent / name for name in names]
 
 
+def is_showable(name: str) -> bool:
+    """Whether a name out of a file can stand in a one-line message."""
+    return name.isprintable() and len(name) <= MAX_NAME_CHARS
+
+
+def shown(name: str) -> str:
+    """`name`, or the beginning of it in Python's spelling."""
+    return name if is_showable(name) else repr(name[:60])
+
+
 def read_header(file: Path) -> dict[str, Entry]:
     """The tensors of one file, every offset checked. Raises StartError."""
-    size = file.stat().st_size
-    with file.open("rb") as handle:
-        prefix = handle.read(8)
-        length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or length > size - 8:
-            raise StartError(f"{file}: truncated: its header should end at byte {8 + length}, the file has {size}.")
-        if length > MAX_HEADER_BYTES:
-            raise StartError(f"{file}: its header claims {length} bytes; at most {MAX_HEADER_BYTES} are allowed.")
-        raw = handle.read(length)
     try:
-        header = json.loads(raw)
+        with open_file(file) as handle:
+            size = os.fstat(handle.fileno()).st_size
+            length = _header_bytes(file, handle.read(8), size)
+            raw = handle.read(length)
+    except OSError as error:
+        raise StartError(f"{file}: cannot be read: {error.strerror}.") from error
+    try:
+        header = json.loads(raw, object_pairs_hook=_without_repeats)
         if not isinstance(header, dict):
             raise ValueError("not an object")
     except (ValueError, RecursionError) as error:
@@ -189,17 +203,42 @@ def read_header(file: Path) -> dict[str, Entry]:
     return entries
 
 
+def _header_bytes(file: Path, prefix: bytes, size: int) -> int:
+    """The header's length, by the first 8 bytes of a file of `size` bytes. Raises StartError."""
+    length = int.from_bytes(prefix, "little")
+    if len(prefix) < 8 or length > size - 8:
+        raise StartError(f"{file}: truncated: its header should end at byte {8 + length}, the file has {size}.")
+    if length > MAX_HEADER_BYTES:
+        raise StartError(f"{file}: its header claims {length} bytes; at most {MAX_HEADER_BYTES} are allowed.")
+    return length
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. One name with two meanings would let two readers see two different models."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"`{shown(name)}` comes twice")
+        found[name] = value
+    return found
+
+
 def _entry(file: Path, name: str, value: Any, data: int) -> Entry:
     """data: where the tensors' bytes begin in the file."""
+    if not is_showable(name):
+        raise StartError(f"{file}: a tensor's name is too long or not printable: {shown(name)}.")
     try:
         dtype, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
-        numbers = [*shape, begin, end]
     except (KeyError, TypeError, ValueError) as error:
         raise StartError(f"{file}: the header's entry for tensor `{name}` is malformed.") from error
-    if any(type(number) is not int or number < 0 for number in numbers):
-        raise StartError(f"{file}: tensor `{name}` has a shape or offsets that are not natural numbers.")
+    if not isinstance(shape, list) or not isinstance(dtype, str):
+        raise StartError(f"{file}: the header's entry for tensor `{name}` is malformed.")
+    if len(shape) > MAX_DIMENSIONS:
+        raise StartError(f"{file}: tensor `{name}` has {len(shape)} dimensions; at most {MAX_DIMENSIONS} are possible.")
+    if any(type(number) is not int or not 0 <= number < 2**63 for number in [*shape, begin, end]):
+        raise StartError(f"{file}: tensor `{name}` has a shape or offsets that are not natural numbers below 2^63.")
     if dtype not in DTYPES:
-        raise StartError(f"{file}: tensor `{name}` has dtype {dtype!r}, which is not supported.")
+        raise StartError(f"{file}: tensor `{name}` has dtype {shown(dtype)!r}, which is not supported.")
     expected = math.prod(shape) * DTYPES[dtype].itemsize
     if end - begin != expected:
         raise StartError(f"{file}: tensor `{name}` takes {end - begin} bytes, but its shape and dtype need {expected}.")

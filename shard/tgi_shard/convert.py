@@ -8,16 +8,16 @@ is continued and never mistaken for a finished one.
 import json
 import logging
 import os
-import pickle
 import shutil
 import time
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from tgi_proto.model_files import open_file, read_file
 from torch import Tensor
 
-from .checkpoint import INDEX_FILE, Checkpoint, read_header
+from .checkpoint import INDEX_FILE, Checkpoint, read_header, shown
 from .errors import StartError
 from .models import describe, hf_config
 
@@ -57,12 +57,14 @@ def _sources(model_dir: Path) -> list[Path]:
     index = model_dir / BIN_INDEX_FILE
     if index.exists():
         try:
-            names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            names = sorted(set(json.loads(read_file(index))["weight_map"].values()))
+        except OSError as error:
+            raise StartError(f"{index}: cannot be read: {error.strerror}.") from error
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise StartError(f"{index}: not an index with a `weight_map`: {error!r}.") from error
         for name in names:
             if not isinstance(name, str) or Path(name).name != name or not (model_dir / name).is_file():
-                raise StartError(f"{index}: `{name}` is not a file in the same directory.")
+                raise StartError(f"{index}: `{shown(str(name))}` is not a file in the same directory.")
         return [model_dir / name for name in names]
     for suffix in ("bin", "pt"):
         files = [f for f in sorted(model_dir.glob(f"*.{suffix}")) if not any(word in f.name for word in NOT_WEIGHTS)]
@@ -108,17 +110,24 @@ def _convert_file(source: Path, target: Path, duplicates: dict[str, str]) -> Non
 def _load(source: Path) -> dict[str, Tensor]:
     try:
         state = _load_pickle(source)
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError, AttributeError) as error:
+    except OSError as error:
+        raise StartError(f"{source}: cannot be read: {error.strerror or error}.") from error
+    except Exception as error:  # a forged pickle makes the unpickler raise anything
         reason = str(error).splitlines()[0] if str(error) else repr(error)
         raise StartError(f"{source}: refused, because it is not a plain file of tensors: {reason}") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise StartError(f"{source}: refused, because it is not a dictionary of tensors.")
+    for name, tensor in state.items():
+        if tensor.layout is not torch.strided or tensor.device.type != "cpu":
+            raise StartError(f"{source}: tensor `{shown(str(name))}` is not dense, or its values are not in the file.")
+        if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():  # strides can repeat one value
+            raise StartError(f"{source}: tensor `{shown(str(name))}` of shape {list(tensor.shape)} has too few values.")
     return {str(name): tensor.detach() for name, tensor in state.items()}
 
 
 def _load_pickle(source: Path) -> object:
     """Mapped, so that memory is not needed for the whole file, unless it has torch's format from before 1.6."""
-    with source.open("rb") as file:
+    with open_file(source) as file:
         is_zip = file.read(4) == b"PK\x03\x04"
     return torch.load(source, map_location="cpu", weights_only=True, mmap=is_zip)
 

@@ -16,6 +16,7 @@ import torch
 from tgi_proto import generate_pb2 as pb
 from tgi_proto import logs
 from tgi_proto.grammar import load_tokenizer
+from tgi_proto.model_files import read_file
 
 from . import warmup
 from .config import ShardConfig
@@ -167,16 +168,22 @@ def eos_token_ids(model_dir: Path, hf_config: dict[str, Any]) -> list[int]:
     ids = generation.get("eos_token_id", hf_config.get("eos_token_id"))
     if ids is None:
         return []
-    return [ids] if isinstance(ids, int) else list(ids)
+    ids = ids if isinstance(ids, list) else [ids]
+    if any(type(token_id) is not int or not 0 <= token_id < 2**31 for token_id in ids):
+        source = path if "eos_token_id" in generation else model_dir / "config.json"
+        raise StartError(f"{source}: `eos_token_id` is {ids!r}, expected token ids")
+    return ids
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of the model. Raises StartError naming the file."""
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(read_file(path))
     except FileNotFoundError:
         raise StartError(f"{path.parent} has no {path.name}: it is not a model directory") from None
-    except ValueError as error:
+    except OSError as error:
+        raise StartError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
         raise StartError(f"{path} is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise StartError(f"{path} is not a JSON object")

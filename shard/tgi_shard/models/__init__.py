@@ -116,7 +116,8 @@ def describe(
     """Spec and names of the model that a config.json describes, under `--rope-scaling` and `--rope-factor`."""
     model_type = hf.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise StartError(f"config.json: `model_type` is {model_type!r}; supported are {', '.join(FAMILIES)}.")
+        own = " The repository's own code (`auto_map`) is not run." if hf.get("auto_map") else ""
+        raise StartError(f"config.json: `model_type` is {model_type!r}; supported are {', '.join(FAMILIES)}.{own}")
     if hf.get("quantization_config"):
         method = hf["quantization_config"].get("quant_method") if isinstance(hf["quantization_config"], dict) else None
         raise StartError(f"config.json: checkpoints quantized with {method!r} are not supported yet; use the original.")

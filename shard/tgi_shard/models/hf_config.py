@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tgi_proto.model_files import read_file
+
 from ..errors import StartError
 from ..layers.mlp import Activation
 from ..layers.rotary import (
@@ -37,15 +39,28 @@ ACTIVATIONS: dict[str, Activation] = {
     "relu": "relu",
 }
 
+# Some hundred times what models have: what is made per layer, head or expert must not fill the memory.
+_MOST = dict.fromkeys(
+    (
+        *("num_hidden_layers", "n_layer", "n_layers", "num_attention_heads", "n_head", "n_heads"),
+        *("num_key_value_heads", "num_kv_heads", "n_head_kv", "num_experts", "num_local_experts"),
+    ),
+    10_000,
+)
+_MOST_OF_ALL = 2**31 - 1
+_LARGEST = 1e15
+
 
 def read(model_dir: Path) -> dict[str, Any]:
     """config.json of a model directory."""
     path = model_dir / "config.json"
     try:
-        config = json.loads(path.read_bytes())
+        config = json.loads(read_file(path))
     except FileNotFoundError as error:
         raise StartError(f"{model_dir}: there is no config.json.") from error
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise StartError(f"{path}: cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
         raise StartError(f"{path}: cannot be read: {error}.") from error
     if not isinstance(config, dict):
         raise StartError(f"{path}: not a JSON object.")
@@ -60,6 +75,9 @@ def integer(hf: HfConfig, name: str, default: int | None = None, *, least: int =
         raise StartError(f"config.json: `{name}` is missing.")
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise StartError(f"config.json: `{name}` is {value!r}, expected an integer of at least {least}.")
+    most = _MOST.get(name, _MOST_OF_ALL)
+    if value > most:
+        raise StartError(f"config.json: `{name}` is {value!r}, expected an integer of at most {most}.")
     return value
 
 
@@ -69,8 +87,8 @@ def number(hf: HfConfig, name: str, default: float | None = None) -> float:
         value = default
     if value is None:
         raise StartError(f"config.json: `{name}` is missing.")
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
-        raise StartError(f"config.json: `{name}` is {value!r}, expected a positive number.")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _LARGEST:
+        raise StartError(f"config.json: `{name}` is {value!r}, expected a positive number of at most {_LARGEST:g}.")
     return float(value)
 
 
@@ -92,7 +110,7 @@ def nullable_number(hf: HfConfig, name: str, default: float | None = None) -> fl
 
 def activation(hf: HfConfig, name: str = "hidden_act", default: str = "silu") -> Activation:
     value = hf.get(name) or default
-    if value not in ACTIVATIONS:
+    if not isinstance(value, str) or value not in ACTIVATIONS:
         raise StartError(f"config.json: `{name}` is {value!r}; known are {', '.join(ACTIVATIONS)}.")
     return ACTIVATIONS[value]
 
@@ -115,7 +133,8 @@ def windows(hf: HfConfig, layers: int, slides: Callable[[int], bool]) -> tuple[i
     if size is None:
         return (None,) * layers
     types = hf.get("layer_types") or ["sliding_attention" if slides(i) else "full_attention" for i in range(layers)]
-    if len(types) != layers or not {"full_attention", "sliding_attention"}.issuperset(types):
+    known = ("full_attention", "sliding_attention")
+    if not isinstance(types, list) or len(types) != layers or any(kind not in known for kind in types):
         raise StartError(f"config.json: `layer_types` must name {layers} layers, full_attention or sliding_attention.")
     return tuple(size if kind == "sliding_attention" else None for kind in types)
 
