@@ -1,7 +1,7 @@
 """The catalogue of broken and hostile model directories: each is refused in one line by the program that reads it.
 
-Every fault goes through the programs' own `main`: the launcher's `--plan`, the shard's `serve` or `convert`.
-Wanted of each: status 1, one line that names what is wrong, nothing executed, nothing large allocated,
+Every fault goes through the programs' own `main`: the launcher's `--plan`, the shard's `serve` or `convert`, the
+router's start. Wanted of each: status 1, one line that names what is wrong, nothing executed, nothing large allocated,
 no waiting. What only the shard can know (the launcher reads no more than it needs) the launcher plans.
 """
 
@@ -12,6 +12,7 @@ import pickle
 import resource
 import signal
 import struct
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ import torch
 from api_kit import tiny_tokenizer
 from safetensors.torch import load_file, save_file
 from tgi_launcher import cli as launcher
+from tgi_router import cli as router
 from tgi_shard import cli as shard
 
 CONFIG = {
@@ -386,3 +388,33 @@ def test_a_hostile_pickle_is_refused_unexecuted(name: str, model: Path, run: Run
     ended = run(lambda: shard.main(["convert", str(model), "--json-output"]))
     assert_refused(ended, sentence, tmp_path)
     assert not list(model.glob("*.safetensors"))
+
+
+# ---- texts
+
+TEXTS: dict[str, tuple[Breaking, str]] = {
+    "tokenizer.json that is no JSON": (text("tokenizer.json", "{"), "`tokenizer.json` of the model cannot be read"),
+    "tokenizer.json of no kind": (text("tokenizer.json", "[]"), "`tokenizer.json` of the model cannot be read"),
+    "tokenizer.json that is a pipe": (replaced("tokenizer.json", os.mkfifo), "no `tokenizer.json`"),
+    "tokenizer_config.json a pipe": (replaced("tokenizer_config.json", os.mkfifo), NOT_A_FILE),
+    "tokenizer_config.json a directory": (replaced("tokenizer_config.json", os.mkdir), NOT_A_FILE),
+    "tokenizer_config.json nested": (text("tokenizer_config.json", "[" * 100_000), "is not valid JSON"),
+    "a template that does not compile": (text("chat_template.jinja", "{% if %}"), "does not compile"),
+    "a template that is no text": (text("chat_template.jinja", b"\xff"), "`chat_template.jinja` of the model"),
+    "a template nested for ever": (text("chat_template.jinja", "{{ " + "(" * 5_000 + "1"), "nested too deeply"),
+    "a template without a name": (
+        text("tokenizer_config.json", '{"chat_template": [{"template": "x"}]}'),
+        "`chat_template` of the model",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_texts_that_cannot_be_used_are_refused_by_the_router(
+    name: str, model: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    breaking, sentence = TEXTS[name]
+    breaking(model)
+    flags = ["--model-dir", str(model), "--model-id", "m", "--master-shard-uds-path", str(tmp_path / "none-0")]
+    monkeypatch.setattr(sys, "argv", ["text-generation-router", *flags])
+    assert_refused(run(router.main), sentence, tmp_path)

@@ -251,6 +251,47 @@ def test_output_without_end_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
         ChatTemplate({"default": endless}, {}, max_chars=10**9).render([{"role": "user", "content": "x"}])
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{% set x %}{% for a in range(99999) %}{% for b in range(99999) %}{{ b }}{% endfor %}{% endfor %}{% endset %}",
+        "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{% set x = m(40) %}",
+    ],
+    ids=["loops", "a block", "macros"],
+)
+def test_work_without_end_that_writes_nothing_is_stopped(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_template, "_MAX_SECONDS", 0.05)
+    with pytest.raises(TemplateError, match="rendering takes longer than"):
+        ChatTemplate({"default": template}, {}).render([{"role": "user", "content": "x"}])
+
+
+@pytest.mark.parametrize(
+    "expression",
+    ["'a' * 9999999999", "9999999999 * [1]", "9 ** (9 ** 9)", "2 ** 99999", "messages * 9999999"],
+)
+def test_huge_values_are_refused_before_they_are_made(expression: str) -> None:
+    ours = ChatTemplate({"default": "{{ " + expression + " }}"}, {})
+    with pytest.raises(TemplateError, match="would be too large"):
+        ours.render([{"role": "user", "content": "x"}])
+
+
+@pytest.mark.parametrize("operator", ["+", "~"])
+def test_texts_that_double_are_stopped(operator: str) -> None:
+    doubling = (
+        f"{{% set n = namespace(s='ab') %}}{{% for i in range(60) %}}{{% set n.s = n.s {operator} n.s %}}{{% endfor %}}"
+    )
+    with pytest.raises(TemplateError, match="would be too large"):
+        ChatTemplate({"default": doubling}, {}).render([{"role": "user", "content": "x"}])
+
+
+def test_small_sums_and_products_are_jinjas() -> None:
+    ours = ChatTemplate(
+        {"default": "{{ 'ab' * 2 }}{{ 'a' + 'b' }}{{ 'a' ~ 1 ~ x }}{{ [1] + [2] }}{{ 2 ** 3 }}{{ 2.5 * 2 }}"}, {}
+    )
+    assert ours.render([]) == "abababa1[1, 2]85.0"
+
+
 def test_messages_the_template_was_not_written_for_are_the_requests_fault() -> None:
     ours = ChatTemplate({"default": "{{ messages[0]['content'] + 1 }}"}, {})
     with pytest.raises(TemplateError, match="do not suit"):

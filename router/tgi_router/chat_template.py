@@ -8,7 +8,6 @@ adds to each but the flag's. Called by chat_requests.py, on a worker thread.
 """
 
 import json
-import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
@@ -19,10 +18,11 @@ from jinja2 import meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.runtime import Macro
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
+from tgi_proto.model_files import read_file
 
 from .errors import StartupError, TemplateError
+from .template_sandbox import BoundedSandbox
 from .tokenizer import SPECIAL_NAMES, read_json, token_name
 
 _MAX_SECONDS = 3.0  # a long chat takes some 10 ms
@@ -93,10 +93,8 @@ def _strftime_now(format: str) -> str:
     return datetime.now().strftime(format)
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlocks, loopcontrols]
-    )
+def _environment() -> BoundedSandbox:
+    environment = BoundedSandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlocks, loopcontrols])
     environment.filters["tojson"] = _tojson
     environment.globals.update(
         raise_exception=_raise_exception, strftime_now=_strftime_now, dict=_Dict(), namespace=_Namespace
@@ -112,7 +110,7 @@ class ChatTemplate:
 
         max_chars: longest output. Raises StartupError when a template does not compile.
         """
-        environment = _environment()
+        environment = self._environment = _environment()
         self._sources = dict(sources)
         self._names: dict[str, frozenset[str]] = {}  # variables each template reads
         self._variables = dict(variables)
@@ -120,12 +118,14 @@ class ChatTemplate:
         self._templates: dict[str, jinja2.Template] = {}
         for name, source in sources.items():
             try:
-                self._templates[name] = environment.from_string(source)
+                self._templates[name] = environment.from_timed(source)
                 self._names[name] = frozenset(meta.find_undeclared_variables(environment.parse(source)))
             except jinja2.TemplateSyntaxError as error:
                 raise StartupError(
                     f"The model's chat template {name!r} does not compile: {error.message} (line {error.lineno})"
                 ) from error
+            except RecursionError as error:
+                raise StartupError(f"The model's chat template {name!r} is nested too deeply") from error
 
     def source(self, *, with_tools: bool) -> str:
         """The template's own text, "" when there is none. with_tools: of requests that offer tools."""
@@ -175,15 +175,13 @@ class ChatTemplate:
         """Renders piece by piece, within the limits."""
         pieces: list[str] = []
         room = self._max_chars
-        deadline = time.monotonic() + _MAX_SECONDS
+        self._environment.start_clock(_MAX_SECONDS)
         try:
             for piece in _pieces(template, variables):
                 pieces.append(piece)
                 room -= len(piece)
                 if room < 0:
                     raise TemplateError(f"the rendered prompt is longer than {self._max_chars} characters")
-                if time.monotonic() > deadline:
-                    raise TemplateError(f"rendering takes longer than {_MAX_SECONDS:.0f} seconds")
         except jinja2.TemplateError as error:
             raise TemplateError(str(error)) from error
         except (TypeError, ValueError, KeyError, IndexError, AttributeError, ArithmeticError, RecursionError) as error:
@@ -234,9 +232,12 @@ def _named_templates(value: Any) -> dict[str, str] | None:
     """The templates in a `chat_template` field: a string, or a list of {name, template}."""
     if isinstance(value, str):
         return {"default": value}
-    if isinstance(value, list):
-        return {item["name"]: item["template"] for item in value if isinstance(item, dict) and "template" in item}
-    return None
+    if not isinstance(value, list):
+        return None
+    for item in value:
+        if not isinstance(item, dict) or not all(isinstance(item.get(key), str) for key in ("name", "template")):
+            raise StartupError("`chat_template` of the model must be a text, or a list of objects {name, template}")
+    return {item["name"]: item["template"] for item in value}
 
 
 def load(model_dir: Path, tokenizer_config: dict[str, Any], *, replaced: bool) -> ChatTemplate:
@@ -271,6 +272,6 @@ def _additional_files(model_dir: Path) -> dict[str, str]:
 
 def _read_template(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_file(path).decode()
     except (OSError, UnicodeDecodeError) as error:
         raise StartupError(f"The chat template `{path.name}` of the model cannot be read: {error}") from error

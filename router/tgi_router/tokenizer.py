@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tgi_proto.model_files import read_file
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as LibraryTokenizer
 
@@ -37,10 +38,12 @@ class TextToken:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file, {} when the file is not there. Raises StartupError when it is not a JSON object."""
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_file(path))
     except FileNotFoundError:
         return {}
-    except ValueError as error:
+    except OSError as error:
+        raise StartupError(f"`{path.name}` of the model cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
         raise StartupError(f"`{path.name}` of the model is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise StartupError(f"`{path.name}` of the model is not a JSON object")
