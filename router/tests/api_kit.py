@@ -12,7 +12,7 @@ import contextlib
 import json
 import socket
 import tempfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
@@ -183,3 +183,13 @@ async def serving(
             await batcher.stop()
             await host.close()
             await group.stop()
+
+
+@contextlib.contextmanager
+def one_server(**changes: Any) -> Iterator[Callable[[Callable[[Api], Coroutine[Any, Any, None]]], None]]:
+    """Runs coroutines on one Api in an event loop of its own: for tests that hypothesis calls many times."""
+    with asyncio.Runner() as runner, contextlib.ExitStack() as stack:
+        server = serving(**changes)
+        api = runner.run(server.__aenter__())
+        stack.callback(lambda: runner.run(server.__aexit__(None, None, None)))
+        yield lambda work: runner.run(work(api))

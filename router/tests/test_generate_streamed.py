@@ -1,12 +1,10 @@
 """Streamed equals not streamed on TGI's own routes, whatever is asked for together."""
 
-import asyncio
-import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from api_kit import Api, serving
+from api_kit import Api, one_server
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -44,12 +42,9 @@ bodies = st.builds(
 
 @pytest.fixture(scope="module")
 def check() -> Iterator[Check]:
-    """Compares the answers of one server to a body; runs it in an event loop of its own."""
-    with asyncio.Runner() as runner, contextlib.ExitStack() as stack:
-        server = serving(vocab=VOCABULARY, eos=END, max_rows=16)
-        api = runner.run(server.__aenter__())
-        stack.callback(lambda: runner.run(server.__aexit__(None, None, None)))
-        yield lambda body, part: runner.run(compare(api, body, part))
+    """Compares the answers of one server to a body."""
+    with one_server(vocab=VOCABULARY, eos=END, max_rows=16) as run:
+        yield lambda body, part: run(lambda api: compare(api, body, part))
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
